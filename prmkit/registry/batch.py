@@ -73,7 +73,7 @@ class Job:
 
 def convert_all(job: Job) -> None:
     """Convert new rows alone, then old and new rows together, with every task in its previous split."""
-    write_config(job)  # report its errors now, not after the conversion
+    write_config(job)  # first, so that its errors are reported before the conversion
     old = kept_rows(job)
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
     if any(settings["filters"].values()):
@@ -180,7 +180,7 @@ def _replayed(job: Job, old: Sequence[Path], held_out: set[str], rubric: str | N
     with atomic_write(target) as stream:
         for file, numbers in lines.items():
             with open_source(str(file), Path(rubric) if rubric else None) as (_, found):
-                # A row may span several lines.
+                # A row may span several lines of its file, but must be one line here.
                 stream.writelines(b" ".join(line.text.splitlines()) + b"\n" for line in found if line.number in numbers)
     return target if target.stat().st_size else None
 

@@ -23,7 +23,7 @@ from prmkit.verdict import AGGREGATES
 
 _SHOWN = 5
 _ALL_DAYS = 36_500.0
-"""More days than any log has, and fewer than the calendar."""
+"""The maximum of --days: longer than any log, and short enough for a date."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
                 found.append(_logged_step(line, path, number))
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
-        raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
+        raise DataError(f"{', '.join(map(str, paths))}: there are no scored steps{recent}.")
     return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be passed in any order
 
 
@@ -101,7 +101,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "is_step": (lambda value: isinstance(value, bool), "true or false"),
     **{name: (lambda value: isinstance(value, str), "text") for name in ("status", "judge", "role", "prompt", "time")},
 }
-"""Field of a line -> what it must be, if it is there and not null."""
+"""Field of a line -> a check of its value (unless it is missing or null), and what the value must be."""
 
 
 def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep:
@@ -161,9 +161,9 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     if len(by_judge) != 2:
         raise UsageError(
             f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}). Pass the logs "
-            "of two, or only recent steps with --days."
+            "of exactly two, or select recent steps with --days."
         )
-    # The production judge is a, whichever was logged first.
+    # The production judge is always A, even if the other judge was logged first.
     (first, all_ones), (second, all_others) = sorted(by_judge.items(), key=lambda each: each[1][0].role != "production")
     ones, others = _by_prompt(all_ones), _by_prompt(all_others)
     both = [prompt for prompt in ones if prompt in others and _is_sure(ones[prompt]) and _is_sure(others[prompt])]
@@ -222,14 +222,14 @@ def _on_outcomes(
         return {
             **found,
             "gain_of_b": None,
-            "decision": "no run with an outcome was completely scored by both (--shadow lets both score)",
+            "decision": "no run with an outcome was completely scored by both judges (--shadow lets both score)",
         }
     gain = confidence_sequence(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
 
 
 def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
-    """Trajectory -> its steps. A prompt that is repeated in a run is one step; runs may share prompts."""
+    """Return a dict of trajectory -> steps. A prompt that is repeated in a run is one step; runs may share prompts."""
     found: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
         if step.trajectory and step.is_step:
@@ -238,7 +238,7 @@ def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
 
 
 def _are_complete(run: Sequence[LoggedStep], other: Sequence[LoggedStep]) -> bool:
-    """Whether two judges scored the same steps of a run. If their prompts differ, steps are identified by their ids."""
+    """Return whether two judges scored the same steps of a run, by their prompts or, if these differ, by their ids."""
     same = any(Counter(map(what, run)) == Counter(map(what, other)) for what in map(attrgetter, ("prompt", "id")))
     return same and all(map(_is_sure, [*run, *other]))
 
@@ -303,7 +303,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
     }
     if unsure["now"] - unsure["then"] > limit:
         findings.append(f"unsure or unscored: {unsure['now']:.0%}, but {unsure['then']:.0%} on the held-out rows")
-    # A few rare score keys may stay undecided, but not most of them and not all.
+    # Rare score keys may stay undecided, but not all keys, nor those of a tenth of the steps or more.
     is_decided = len(undecided.keys() & groups.keys()) < len(groups) and sum(undecided.values()) < len(steps) / 10
     undecided_names = [] if is_decided else list(undecided) or ([] if findings else ["all steps"])
     return {"groups": groups, "unsure": unsure, "statuses": dict(Counter(step.status for step in steps)),
@@ -311,7 +311,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
-    """Compare those quantities of one group of score keys that both the held-out rows and the log have."""
+    """Compare one group of score keys: every quantity that both the held-out rows and the log have."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
         "score": ([line["score"] for line in then], [step.score for step in now]),
@@ -345,7 +345,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
         if found.get(name, outcome) != outcome:
             raise DataError(f"{path}:{number}: {name} has a different outcome on an earlier line. Keep the right one.")
-        found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
+        found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that looks like text
     return found
 
 
@@ -353,7 +353,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
 
 
 def show_ab(found: Mapping[str, Any]) -> None:
-    """Show the sentences and tables of an A/B comparison."""
+    """Print the results of an A/B comparison."""
     cli.emit(f"A is {found['a']}, B is {found['b']}: {found['steps']:,} steps on which both are sure")
     if found["steps"]:
         cli.emit(

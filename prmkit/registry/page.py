@@ -45,7 +45,7 @@ def _check_output(output: Path, folder: Path, logs: Sequence[Path]) -> None:
     for source in (*logs, folder / registered.HISTORY_FILE):
         check_output(output, source)
     if any((parent / registered.VERSION_FILE).is_file() for parent in output.resolve().parents):
-        raise UsageError(f"{output}: is in a registered version, which never changes. Choose another --output.")
+        raise UsageError(f"{output} is inside a registered version, which must not change. Choose another --output.")
 
 
 def _version(folder: Path, version: registered.VersionId, tags: list[str]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _ab(steps: Sequence[monitor.LoggedStep]) -> Mapping[str, Any] | None:
         return None
     try:
         return monitor.compare_judges(steps, None)
-    except UsageError as error:  # one judge, or three: there is nothing to compare, and the page says so
+    except UsageError as error:  # not exactly two judges: the page says that there is nothing to compare
         return {"reason": str(error)}
 
 

@@ -63,19 +63,19 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
 
 
 def _key_of(asked: Retraining, parent: VersionId | str, hashes: Sequence[str]) -> str:
-    """Identifies a retraining: the same command has the same key."""
+    """Return a key that identifies a retraining: the same command has the same key."""
     what = [str(parent), hashes, asked.start, asked.replay, asked.margin, asked.settings, asked.accept_contradiction]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _already_in(version: VersionId, registry: Path, asked: Retraining, hashes: Sequence[str]) -> dict[str, Any]:
-    """The result if the version was already trained on these rows: its own for the command that made it, else empty."""
+    """Return the result for rows on which the version was already trained, with its gate only for the same command."""
     details = registered.read_version(version, registry)["details"]
     log.info("%s was already trained on these rows; nothing to do.", version)
     result = {"version": str(version), "parent": details.get("parent"), "promoted": False, "report": None,
               "gate": {"passed": None, "reasons": ["nothing is new, so no gate was measured"]}}  # fmt: skip
     if details.get("key") == _key_of(asked, details.get("parent"), hashes):
-        is_tagged = not asked.reference.rpartition("@")[2].isdigit()  # by the tag it was found
+        is_tagged = not asked.reference.rpartition("@")[2].isdigit()  # then the tag already points to it
         result |= {"promoted": is_tagged, "gate": details["gate"], "report": details["report"]}
     return result
 

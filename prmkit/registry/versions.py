@@ -35,7 +35,7 @@ _PATIENCE = 60.0
 _NOT_COPIED = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log", f"{EVALUATION}_limit_*")
 """Files of a run that are not copied: needed only to resume it, or written while it runs."""
 _ADDING = ".adding-"
-"""With the number, the folder of a version that is being added."""
+"""The folder of a version that is being added has this prefix before its number."""
 _PUBLIC = (
     "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
@@ -54,15 +54,16 @@ def changing(folder: Path) -> Iterator[RegistryState]:
 
 
 def _remove_leftovers(folder: Path, state: RegistryState) -> None:
-    """Remove what a killed command left; never a version that the history merely does not mention.
+    """Remove what a killed command left, but never a complete version that is missing from the history.
 
     Raises:
-        DataError: there is such a version: the history has lost lines.
+        DataError: a complete version is missing from the history, so the history has lost lines.
     """
     removed = [registered.folder_of_version(version, folder) for version in state.removed]
     known = {registered.folder_of_version(version, folder) for version in state.versions}
     unfinished = [place for place in folder.glob(f"*/{_ADDING}[0-9]*") if _final_place(place).name.isdecimal()]
-    # Renamed versions whose line was not written. The .adding folder is removed last, because this, too, can be killed.
+    # These versions were renamed, but their line was not written. The .adding folder is removed last, because this
+    # command can be killed, too.
     removed += [final for final in map(_final_place, unfinished) if final not in known]
     for place in [*removed, *unfinished]:
         if place.is_dir():
@@ -76,7 +77,7 @@ def _remove_leftovers(folder: Path, state: RegistryState) -> None:
 
 
 def _final_place(adding: Path) -> Path:
-    """The final folder of a version that is first copied to `.adding-NUMBER/NUMBER`."""
+    """Return the final folder of a version that is first copied to `.adding-NUMBER/NUMBER`."""
     return adding.with_name(adding.name.removeprefix(_ADDING))
 
 
@@ -119,7 +120,7 @@ def write_history(folder: Path, action: str, why: str | None, **values: Any) -> 
 def _who() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return f"user {os.getuid()}"
 
 
@@ -328,7 +329,7 @@ def tag_version(
         reference: the version.
         tag: the tag.
         why: the reason, for the history.
-        expected: the version that must have the tag, if any has it; otherwise the tag was moved in the meantime.
+        expected: the version that an existing tag must still point to; if not, the tag was moved in the meantime.
 
     Raises:
         UsageError: there is no such version, or the tag could be mistaken for a version.
