@@ -43,7 +43,7 @@ class RowToScore:
     """`trajectory_id` or, if it is missing, the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """Whether it is one step of a trajectory, not a complete trajectory or a category of tools. True for a line that
+    """Whether the row is one step of a trajectory, not a complete trajectory or a tool category. True for a line that
     cannot be read, because it may be a step."""
 
     @property
@@ -111,7 +111,7 @@ _SAMPLE = 20
 
 
 def holds_runs(name: str) -> bool:
-    """Whether an input contains runs in any format, not per-step prompts. A folder always does.
+    """Return whether an input contains runs in any format, not per-step prompts. A folder always does.
 
     Raises:
         UsageError: several formats of runs match.
@@ -120,7 +120,7 @@ def holds_runs(name: str) -> bool:
     if name == STDIN or not path.exists():
         return False
     if not path.is_file():
-        return path.is_dir()  # what is read from a pipe here would be lost
+        return path.is_dir()  # a pipe cannot be read twice
     try:
         first = [value for _, value in islice(read_values(path), _SAMPLE) if not isinstance(value, Rejected)]
         return not any(map(_is_prompt, first)) and reader_for(read_values(path), name) is not None
@@ -129,7 +129,7 @@ def holds_runs(name: str) -> bool:
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether a value is a prompt: it asks for a verdict, or contains only a prompt."""
+    """Return whether a value is a prompt: it asks for a verdict, or contains only a prompt."""
     try:
         row = read_row(value)
     except Rejected:

@@ -30,9 +30,9 @@ WINDOW = 64
 """The number of rows that are read before they are scored together, so that prompts can share a common prefix."""
 
 _CHECKED = 4
-"""The number of rows that a server scores again before scores are continued."""
+"""The number of rows that a server must score again before an output is continued."""
 _SAME_SCORE = 0.03
-"""How far two scores of one prompt by one model on a server may be apart, because of half precision and batching."""
+"""The largest difference, from half precision and batching, of two scores of a prompt by one model on a server."""
 
 ResultLine = Mapping[str, Any]
 """One line of the output."""
@@ -45,14 +45,14 @@ class ScoringJob:
     input: str
     """A file, compressed or not, or `-`."""
     output: Path | None
-    """None for stdout."""
+    """The output file; None for stdout."""
     shape_of: ShapeOf
     summaries: bool
-    """Whether to generate the verdict, too, and add its text."""
+    """Whether to also generate the verdict and add its text to the output."""
     bad_below: float | None
     """The score below which a step is bad in aggregates of trajectories; None for no aggregates."""
     runs: RunsToScore | None = None
-    """The input as raw runs; None if it contains prompts."""
+    """The input if it contains raw runs; None if it contains prompts."""
     abstention: Abstention | None = None
     """Adds intervals, and marks scores with a wide interval as unsure."""
 
@@ -196,12 +196,12 @@ def score_rows(
 
 
 def _check_same_judge(scored: Iterable[tuple[Request, float]], scorer: Scorer) -> None:
-    """Check, before scores are continued, that a server still has the model that gave the last ones.
+    """Check, before an output is continued, that the server still has the model that gave its last scores.
 
     A local judge is recognised by its files. A generated verdict may change with the batch, so it proves nothing.
 
     Raises:
-        DataError: it scores one of the prompts differently.
+        DataError: the server now scores one of the prompts differently.
     """
     if scorer.endpoint is None or scorer.options.mode != "expected":
         return
@@ -259,7 +259,7 @@ def _check_lines(done: Sequence[ResultLine], output: Path) -> None:
     """Check that earlier lines are results.
 
     Raises:
-        DataError: a line is not one; somebody has changed it.
+        DataError: a line is not a result, because somebody has changed it.
     """
     for number, line in enumerate(done, start=1):
         score = line.get("score")
@@ -291,7 +291,7 @@ def _report_done(done: Sequence[ResultLine], output: Path) -> None:
 def _with_results(
     rows: Iterator[RowToScore], done: Sequence[ResultLine], output: Path
 ) -> Iterator[tuple[RowToScore, ResultLine | None]]:
-    """Yield the rows with their results from an earlier command; rows after those have none.
+    """Yield the rows with their results from an earlier command; later rows have None.
 
     Raises:
         UsageError: the output has results of other rows.
@@ -302,7 +302,7 @@ def _with_results(
         if row is None:
             raise _other_input(f"{about} the input has no row {number}")
         if result["request_hash"] is None:
-            yield row, None  # it could not be read; it may have been corrected, and a retry costs nothing
+            yield row, None  # an unreadable row may have been corrected, and a retry costs nothing
             continue
         if row.id != result["id"]:
             raise _other_input(f"{about} row {number} of the input is {row.id}")
@@ -449,13 +449,13 @@ class Trajectories:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "lines without a trajectory: %d (unreadable, or without a task_id). Trajectories may lack these steps; a "
-            "missing last step cannot be detected.",
+            "%d lines belong to no trajectory, because they are unreadable or have no task_id. Trajectories may lack "
+            "these steps; a missing last step cannot be detected.",
             trajectories.unattributed,
         )
     if trajectories.no_steps:
         types = ", ".join(f"{count} {name}" for name, count in trajectories.no_steps.items())
-        log.info("rows not about one step, which --aggregate leaves out, by evaluation type: %s", types)
+        log.info("--aggregate leaves out rows that are not about one step (by evaluation type): %s", types)
     summaries = list(trajectories.summaries())
     if output is None:
         for summary in summaries:

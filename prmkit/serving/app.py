@@ -254,7 +254,7 @@ async def _handle(request: Any, error: Exception) -> Any:
         case _ if hasattr(error, "errors"):  # FastAPI's list of what is wrong with which part
             status = 422
             message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
-            if "json" not in request.headers.get("content-type", ""):  # plain `curl -d` declares a form
+            if "json" not in request.headers.get("content-type", ""):  # without this header, `curl -d` declares a form
                 message = f"send JSON with the header Content-Type: application/json ({message})"
         case _:
             message = str(getattr(error, "detail", message))
@@ -340,7 +340,7 @@ class Guard:
                     raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"})
                 if message:
                     return message
-            return await receive()  # the client hung up
+            return await receive()  # the client disconnected
 
         return limited
 

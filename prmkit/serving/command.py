@@ -188,7 +188,7 @@ def _key(name: str | None) -> str | None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    if not host:  # the system would listen on all addresses
+    if not host:  # with an empty host, the system would listen on all addresses
         raise UsageError(
             "--host is empty. Omit it to listen only on this machine, or use 0.0.0.0 to listen on all networks."
         )
@@ -221,7 +221,7 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn stops the application after its requests, but these wait for the judge, so it would never stop.
+            # uvicorn ends the application after its last request. Requests wait for the judge, so it must stop, too.
             stopping = asyncio.create_task(service.stop(limits.drain))
             await super().shutdown(sockets)
             await stopping

@@ -73,7 +73,7 @@ class Challenger:
     _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def takes(self, row: RowToScore) -> bool:
-        """Whether the challenger scores this row; the same for all rows of a task, in every process, at any time.
+        """Return whether the challenger scores this row: the same for all rows of a task, in every process and always.
 
         A task that is selected with a small fraction is also selected with every larger fraction.
         """

@@ -42,7 +42,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="request")
 
 
 class NothingWritten(DataError):
-    """A policy's response has no step: the policy ended it immediately, as sometimes happens."""
+    """A policy's response contains no step, because the policy ended it immediately."""
 
 
 def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileReport]]:
@@ -57,7 +57,7 @@ def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileR
         UsageError: several formats match, or there is no format of that name.
     """
     reports: list[FileReport] = []
-    # Numbered within a task, as in a file, the only run of every request would have the same name.
+    # If runs were numbered within a task, as in a file, the only run of each request would always get the same id.
     options = Options(format, unnamed=request_id.get())
     with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
         file = Path(folder) / "request.json"
@@ -88,7 +88,7 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
 
     Args:
         item: the object with these parts.
-        is_end: `step` may be the end of a run, with several steps of the agent.
+        is_end: whether `step` may be the end of a run, with several steps of the agent.
 
     Raises:
         DataError: a part is missing or malformed, or `step` is not one step of the agent.
@@ -119,13 +119,13 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     run = _run([*before, *now], task, lost, **names)
     calls = run.steps[-1].calls
     last = not calls if item.get("last") is None else item["last"]
-    if not isinstance(last, bool):  # "false" would be true
+    if not isinstance(last, bool):  # otherwise the string "false" would count as true
         raise DataError("last must be true or false.")
     return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=last)))
 
 
 def _joined(content: Any) -> Any:
-    """The text of a list of text parts, as in chat messages; anything else is returned unchanged."""
+    """Return the text of a list of text parts, as in chat messages; anything else is returned unchanged."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -187,10 +187,12 @@ def run_of_policy(
 
 
 def _opening(chat: Chat, prompt: str, response: str) -> str:
-    """The text missing between a prompt and an answer: none, or the beginning of an agent message."""
+    """Return the text missing between a prompt and an answer: none, or the beginning of an agent message."""
     last = next(reversed([*chat.message.finditer(chat.rewritten(prompt))]), None)
     if last is None:
-        raise DataError("prompt: has special tokens of a chat template, but no complete message. Send it completely.")
+        raise DataError(
+            "prompt has special tokens of a chat template, but no complete message. Send the complete prompt."
+        )
     if (
         (is_agent(last["role"]) and not last["end"])
         or chat.message.match(without_tokens(response))
@@ -199,7 +201,7 @@ def _opening(chat: Chat, prompt: str, response: str) -> str:
         return ""
     if not last["end"]:
         raise DataError(
-            f"prompt: ends inside a message of {last['role'].lower()}, so what the policy wrote would be part of it. "
+            f"prompt ends inside a message of {last['role'].lower()}, so the policy's text would be part of it. "
             "End the prompt with the beginning of the agent's answer (add_generation_prompt)."
         )
     return chat.answer
@@ -241,7 +243,7 @@ def _chat_of_prompt(prompt: str) -> Chat | None:
     _check_is_plain("prompt", prompt)
     if is_special(without_tokens(prompt)) or chat_in(prompt):
         raise DataError(
-            "prompt: has special tokens of a chat template, but does not begin with a message. Send it completely, or "
+            "prompt has special tokens of a chat template, but does not begin with a message. Send it completely, or "
             "send a list of messages."
         )
     return None
@@ -250,18 +252,18 @@ def _chat_of_prompt(prompt: str) -> Chat | None:
 def _check_is_plain(name: str, text: str) -> None:
     if unread := unread_token(text):
         raise DataError(
-            f"{name}: has {unread}, a special token of a chat template that is not split here, so a score of it would "
+            f"{name} has {unread}, a special token of a chat template that cannot be split here, so a score would "
             "be noise. Send lists of messages."
         )
 
 
 def _is_step(turn: Turn) -> bool:
-    """Whether the turn becomes a step of the run."""
+    """Return whether the turn becomes a step of the run."""
     return turn.role == "agent" and bool(turn.text or turn.thought or turn.calls)
 
 
 def _turns_of_plain(response: str, lost: Counter[str]) -> list[Turn]:
-    """The turns of text without a chat template: tagged text, or one answer."""
+    """Return the turns of text without a chat template: tagged text, or one answer."""
     if _TAGS.search(response):
         return turns_of_tags(response, lost)
     return turns_of([{"role": "assistant", "content": response}], lost)

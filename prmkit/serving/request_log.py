@@ -224,7 +224,7 @@ def _check_file(file: Path) -> None:
 
 
 def _may_be_ours(first: bytes) -> bool:
-    """Whether the first line of a file is a line of a request log, complete or cut off, or missing."""
+    """Return whether the first line of a file is a line of a request log, complete or cut off, or missing."""
     if not first.endswith(b"\n"):
         return first[: len(_BEGINNING)] == _BEGINNING[: len(first)]
     try:

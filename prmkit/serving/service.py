@@ -231,7 +231,7 @@ class Service:
             run, earlier = run_of_policy(prompt, text, includes_prompt=includes_prompt)
             run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
             rows = self._step_rows(run)[earlier:]
-        except (NothingWritten, RecursionError):  # no answer, or endless brackets: neither may stop a training run
+        except (NothingWritten, RecursionError):  # an empty response or endless brackets must not stop a training run
             rows = []
         if not rows:
             return {
@@ -262,7 +262,7 @@ class Service:
         }
 
     def _check_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Raise an error if the judge cannot work: null or any other substitute would be a constant reward."""
+        """Raise an error if the judge could not score: null or any other substitute would be a constant reward."""
         for status, kind in (("failed", NoReward), ("error", DataError)):  # a retry helps only after `failed`
             for line in lines:
                 if line["status"] == status:
@@ -270,7 +270,7 @@ class Service:
                     raise kind(f"the judge could not score a step: {line['reason']}")
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
-        """Return the reward, but never silently 0 in place of a missing score: the policy would learn from it."""
+        """Return the reward. A missing score must not silently become 0, because the policy would learn from it."""
         if score is not None:
             self._rewards.append(score)
             return score
@@ -315,7 +315,7 @@ class Service:
 
 
 def _is_step(item: Any) -> bool:
-    """Whether an item of `steps` is a step of a run, and not a ready-made prompt."""
+    """Return whether an item of `steps` is a step of a run, and not a ready-made prompt."""
     return isinstance(item, Mapping) and "step" in item and "prompt" not in item
 
 

@@ -18,7 +18,7 @@ from prmkit.trajectories.content import is_message_list
 from prmkit.trajectory import Trajectory
 
 MOST_LEVELS = 101
-"""The number of the judge's scores."""
+"""The number of scores on the judge's scale."""
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
