@@ -180,7 +180,7 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
                 reference=both.references[:, other],
                 weight=both.judge_weights[:, [one, other]].max(axis=1),
             )
-            # Without the ranking of bad steps, for which it matters which of the two is right.
+            # The ranking of bad steps is left out, because it would treat one of the two judges as right.
             metrics = {each.name: each.estimate(sample) for each in METRICS if each.brief and not each.at_thresholds}
             found.append({"judges": [judges[one], judges[other]]} | metrics)
     count = np.isfinite(scores.references).sum(axis=1)
@@ -197,7 +197,7 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
 
 
 def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
-    """Return why the bound may not apply to all scores: those of several judges are too few, or are different."""
+    """Return why the bound may not apply to all scores: too few have several judges, or those are different."""
     several = count > 1
     if not several.any():
         return "no prompt was scored by several judges"

@@ -48,16 +48,16 @@ class Attempt:
     trajectory_id: str
     task_id: str
     outcome: float
-    """0 to 1."""
+    """From 0 to 1."""
     steps: int
     errors: int | None = None
-    """Tool results that are errors."""
+    """The number of tool results that are errors."""
     scores: tuple[float, ...] | None = None
-    """The scores of its steps, in order."""
+    """The scores of the run's steps, in order."""
 
 
 def expected_pick(scores: Sequence[float], outcomes: Sequence[float], n: int) -> float:
-    """The mean outcome of the run with the highest score, over all subsets of `n` runs; ties are averaged.
+    """Return the mean outcome of the run with the highest score, over all subsets of `n` runs; ties are averaged.
 
     The highest score of a subset is s if all its runs score at most s, but not all below s:
     C(at most s, n) - C(below s, n) of all C(m, n) subsets. Tied runs are picked equally often.
@@ -103,7 +103,7 @@ def _by(aggregate: Callable[[Sequence[float]], float]) -> Pick:
 
 
 def measure_picks(attempts: Sequence[Attempt]) -> dict[str, list[Estimate]]:
-    """Return each pick's success for N = 1 up to the largest number of runs of a task; smaller tasks drop out."""
+    """Return the success rate for each N up to the most runs of any task, over the tasks with at least N runs."""
     by_task: dict[str, list[Attempt]] = defaultdict(list)
     for each in attempts:
         by_task[each.task_id].append(each)
@@ -137,7 +137,7 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
     file = arguments.best_of_n
     ready = _outcome_lines(file)
     if ready and of_judge:
-        raise UsageError(f"{file}: has outcomes but no runs, so no judge is used. Remove {', '.join(of_judge)}.")
+        raise UsageError(f"{file} has outcomes but no runs, so no judge is used. Remove {', '.join(of_judge)}.")
     runs = [] if ready else runs_with_outcome(file)
     attempts = ready or [attempt_of(run) for run in runs]
     folder = arguments.output or folder_of(arguments, "best_of_n", file)
@@ -157,7 +157,7 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
 
 
 _OUTCOMES = tuple(name for name in OUTCOME_FIELDS if name != "score")
-"""`score` is not one of them, because here it is the judge's score of a step."""
+"""Fields with an outcome. `score` is not one, because here it is the judge's score of a step."""
 
 
 def _outcome_lines(file: Path) -> list[Attempt]:
@@ -184,7 +184,9 @@ def _outcome_lines(file: Path) -> list[Attempt]:
                 f"Make the ids unique in the whole file, for example {attempt.task_id}.{name}."
             )
         if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
-            raise DataError(f"{place}: a second line for {name}. Give each run a trajectory_id, each step a number.")
+            raise DataError(
+                f"{place}: a second line for {name}. Give each run its own trajectory_id and each step a number."
+            )
         runs[name] = attempt
         if step is not None:
             steps[name][step] = score
@@ -192,7 +194,7 @@ def _outcome_lines(file: Path) -> list[Attempt]:
 
 
 def _is_outcome_line(value: Any) -> bool:
-    """Whether a value has an outcome but is not a run in any format of import_trajectories.py."""
+    """Return whether a value has an outcome but is not a run in any format of import_trajectories.py."""
     if not isinstance(value, dict):
         return False
     nested = {key for key, item in value.items() if isinstance(item, list | dict)}
@@ -265,7 +267,7 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
 
 
 def attempt_of(run: Trajectory) -> Attempt:
-    """A run with its outcome, before it is scored."""
+    """Return a run with its outcome, but without scores."""
     return Attempt(
         run.trajectory_id,
         run.task_id,
@@ -276,7 +278,7 @@ def attempt_of(run: Trajectory) -> Attempt:
 
 
 def _is_error(result: Result) -> bool:
-    """Whether a result is marked as an error or, as some tools write it, begins with that word."""
+    """Return whether a result is marked as an error or, as some tools write it, begins with that word."""
     return result.error or result.text.lstrip().lower().startswith("error")
 
 
@@ -308,7 +310,7 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
     judges = read_exam_answers(file, runs, outcomes)
     if len(judges) > 1:
         raise DataError(
-            f"{file}: has {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
+            f"{file} has scores of {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep those of one."
         )
     for reason, count in judges[0].unplaced.items():
         log.warning("%s: %d lines %s", file, count, reason)

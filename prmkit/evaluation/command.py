@@ -83,7 +83,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _results_folder(arguments: argparse.Namespace, own: Path) -> Path:
-    """The judge's own folder, unless --output or --limit was given or the judge is registered."""
+    """Return the judge's own folder, unless --output or --limit was given or the judge is registered."""
     if arguments.output:
         return Path(arguments.output)
     if arguments.run and is_registered(arguments.run):
@@ -145,19 +145,22 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
     of_server = [_flag(name) for name in ("server_model", "api_key_env") if _is_given(name, arguments)]
     if of_server and kind in (_HELD_OUT, "exam") and not arguments.predict_with:
-        raise UsageError(f"{', '.join(of_server)}: only used with --predict-with. Add that flag, or drop this one.")
+        raise UsageError(
+            f"{', '.join(of_server)}: only used with --predict-with. Add --predict-with, or remove the unused flags."
+        )
     given = [name for name in dict.fromkeys(_unused_by(kind, arguments)) if _is_given(name, arguments)]
     if given and kind == _HELD_OUT:
         users = _USED_BY[given[0]]
         same = ", ".join(_flag(name) for name in given if _USED_BY.get(name) == users)
-        raise UsageError(f"{same}: only used with {' or '.join(map(_flag, users))}. Add that flag, or drop this one.")
+        needed = " or ".join(map(_flag, users))
+        raise UsageError(f"{same}: only used with {needed}. Add {needed}, or remove the unused flags.")
     if given:
         sources = [name for name in ("predictions", "predict_with") if getattr(arguments, name) and name not in given]
         what = " with ".join(map(_flag, [kind, *sources]))
         raise UsageError(f"{what}: remove {', '.join(map(_flag, given))}, which it does not use.")
     for name, partner in _PARTNERS.items():
         if _is_given(name, arguments) and partner != f"--mode {arguments.mode}":
-            raise UsageError(f"{_flag(name)}: only used with {partner}. Add that flag, or drop this one.")
+            raise UsageError(f"{_flag(name)}: only used with {partner}. Add {partner}, or remove {_flag(name)}.")
     if arguments.margin is not None and arguments.compare is None:
         raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
@@ -196,8 +199,8 @@ def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> Non
     known = {key for key in {key for row in rows for key in row["metadata"]} if any(group_values(rows, key))}
     if unknown := [key for key in keys if key not in known]:
         raise UsageError(
-            f"--by {' '.join(unknown)}: no row of {held_out.name} has a name or a number for it in its metadata. "
-            f"It has {', '.join(sorted(known)) or 'no keys'}."
+            f"--by {' '.join(unknown)}: no row of {held_out.name} has a name or a number under this metadata key. "
+            f"Keys that can be used: {', '.join(sorted(known)) or 'none'}."
         )
 
 
@@ -251,7 +254,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False, show: bool = Tru
 
 
 def _weights_folder(source: JudgeSource) -> Path | None:
-    """The folder for a calibration: that of an adapter or an export of this project, never a base model's."""
+    """Return the folder for a calibration: that of an adapter or an export of this project, never a base model's."""
     return source.adapter or (source.model if (source.model / EXPORT_NOTE).is_file() else None)
 
 
@@ -261,7 +264,7 @@ def _write_card(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def evaluation_of(run: Path) -> Path:
-    """The folder for a run's evaluation results."""
+    """Return the folder for a run's evaluation results."""
     return run / EVALUATION
 
 
@@ -288,7 +291,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False, 
         run: the training run's folder.
         exported: the folder of the exported model.
         trust_remote_code: run Python code that comes with the models.
-        show: False to print nothing if it does, because the output is JSON.
+        show: False to print nothing if the scores are the same, because the output is JSON.
 
     Raises:
         GateError: the scores differ; the message lists the likely causes.

@@ -257,7 +257,8 @@ def left_out(comparison: Mapping[str, Any]) -> str | None:
     if not mine and not theirs:
         return None
     both = comparison["groups"][0]["scores"]
-    return f"Compared on the {both} scores that both gave; {mine} of this judge and {theirs} of the other are ignored."
+    ignored = f"{mine} more of this judge and {theirs} more of the other are ignored"
+    return f"Compared on the {both} scores that both judges gave; {ignored}."
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
     unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
     return (
         f"Not significantly worse on any type. A Spearman loss of up to {max(0.0, unseen):.3f} cannot be ruled out; "
-        "use --margin X to require that it is."
+        "to require a smaller loss, use --margin X."
     )
 
 
@@ -337,7 +338,7 @@ def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
 
 
 def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
-    """Return how many tasks show, with probability `POWER`, that an equally good judge is not worse by `margin`."""
+    """Return how many tasks are needed for an equally good judge to pass with this margin and probability `POWER`."""
     from scipy import stats
 
     quantiles = float(stats.norm.ppf(LEVEL) + stats.norm.ppf(POWER))

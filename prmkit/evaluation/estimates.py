@@ -114,7 +114,7 @@ def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Stati
 
 
 def make_pairs(sample: Sample) -> Sample:
-    """All pairs of scores within each group, as a sample of differences.
+    """Return all pairs of scores within each group, as a sample of differences.
 
     Args:
         sample: scores; a group is within one task.
@@ -223,7 +223,7 @@ def measure(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate
 
 
 def measure_binary(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate:
-    """As `measure`, for a statistic that needs both classes: `reference` is 1.0 for bad steps, otherwise 0.0."""
+    """Do the same as `measure`, for a statistic that needs both classes: `reference` is 1.0 for bad steps, else 0.0."""
     count = len(sample.reference)
     one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}
     if count >= max(min_n, 1) and (reason := one_kind.get(float(sample.reference.mean()))):
@@ -250,7 +250,7 @@ def mean_of(sample: Sample, values: Floats) -> Statistic:
 
 
 def ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """numerator / denominator; NaN if the denominator is zero."""
+    """Return numerator / denominator; NaN if the denominator is zero."""
     shape = np.broadcast(numerator, denominator).shape
     nowhere = np.full(shape, np.nan)
     quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)

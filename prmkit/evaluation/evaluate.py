@@ -181,7 +181,8 @@ def predict(
     """
     options = settings.options
     asked: dict[str, Any] = {"mode": options.mode, "trim": options.trim, "max_new_tokens": options.max_new_tokens}
-    if options.min_label_mass != DEFAULT_OPTIONS.min_label_mass:  # predictions of earlier versions do not have it
+    # The default is left out, because predictions of earlier versions lack it.
+    if options.min_label_mass != DEFAULT_OPTIONS.min_label_mass:
         asked["min_label_mass"] = options.min_label_mass
     fingerprint = {
         "format": ROW_FORMAT,

@@ -29,7 +29,7 @@ from prmkit.trajectory import Trajectory, holds_records, task_id_of
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0
-"""Replaces a step number if the run has no bad step."""
+"""Used instead of a step number if the run has no bad step."""
 KINDS_OF_ERRORS = ("first_error", "failure")
 """The kinds of labels in sets whose annotators marked errors instead of labelling every step."""
 
@@ -48,9 +48,9 @@ class ExamStep:
     kind: str | None = None
     """The kind of label; see `prmkit.trajectory.Label`."""
     weight: float = 1.0
-    """The number of steps that it represents, if the labelled steps were sampled unevenly."""
+    """The number of steps that this step represents, if the labelled steps were sampled unevenly."""
     prompt: str | None = None
-    """None if the prompt is built from the complete run."""
+    """The prompt; None if it is built from the complete run."""
     system: str | None = None
 
     @property
@@ -72,7 +72,7 @@ class ExamRun:
     task_id: str
     task_hash: str | None
     source: str
-    """The format of its file, for example the name of a public set."""
+    """The format of the run's file, for example the name of a public set."""
     steps: tuple[ExamStep, ...]
     is_whole: bool
     """Whether all steps of the run are known; only then can its first error be found."""
@@ -83,7 +83,7 @@ class ExamRun:
 
     @property
     def identity(self) -> "Task":
-        """Its task."""
+        """The run's task."""
         return Task(self.source, self.task_id, self.task_hash)
 
     @cached_property
@@ -247,7 +247,8 @@ def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
         found = whole.get(run.trajectory_id)
         if found is None or not {step.n for step in run.steps} <= {step.n for step in found.steps}:
             raise DataError(
-                f"{file}: run {run.trajectory_id} has rows but is missing here. Import both again, or remove this file."
+                f"{file}: run {run.trajectory_id} has rows but is not in this file. "
+                "Import rows and runs again, or remove this file."
             )
         labels = {step.n: step for step in run.steps}
         steps = tuple(
@@ -267,16 +268,16 @@ class Task(NamedTuple):
     """What identifies a task on which a judge is measured."""
 
     source: str
-    """The set from which it comes."""
+    """The set from which the task comes."""
     task_id: str
     task_hash: str | None
-    """The hash of its text."""
+    """The hash of the task's text."""
     prompt_sha256: str | None = None
     """The hash of the prompt, if single prompts are measured."""
 
 
 def task_of_run(run: Trajectory) -> Task:
-    """The task of a whole run."""
+    """Return the task of a whole run."""
     return Task(str(run.source.get("format")), run.task_id, task_id_of(run.task) if run.task else None)
 
 
@@ -376,7 +377,7 @@ def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str
         source: the judge.
 
     Returns:
-        Why this is unknown; None if the judge was not trained on them, or is not a judge of this project.
+        Why it is unknown whether the judge was trained on them; None if it was not, or is not a judge of this project.
 
     Raises:
         UsageError: it was trained on at least one of the tasks.

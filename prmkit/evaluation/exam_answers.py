@@ -27,10 +27,10 @@ log = logging.getLogger("prmkit")
 StepId = tuple[str, int]
 """The run's id and the step's number."""
 NOWHERE = -1
-"""Replaces a step number if the run has an error, but the judge did not say where."""
+"""Used instead of a step number if the judge says that the run has an error, but not where."""
 
 _ELSEWHERE = -2
-"""Replaces a step number if the error is at an unlabelled step: then all labelled steps count as judged good."""
+"""Used instead of a step number if the error is at an unlabelled step: all labelled steps then count as judged good."""
 
 _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
@@ -128,7 +128,7 @@ def _add_steps(
         if score is None or step is None:
             judge.unplaced["without a score" if step is not None else "about other steps"] += 1
         elif given.setdefault(judge.name, {}).setdefault((run.trajectory_id, step), score) != score:
-            raise DataError(f"{place}: {judge.name} has already scored this step, differently. Keep one line.")
+            raise DataError(f"{place}: {judge.name} has already given this step a different score. Keep one line.")
         else:
             _weigh(judge, (run.trajectory_id, step), value)
 
@@ -141,18 +141,18 @@ def _weigh(judge: JudgeScores, step: StepId, value: Mapping[str, Any]) -> None:
 
 
 def is_repeated(value: Mapping[str, Any]) -> bool:
-    """Whether a row is a repeated answer, which ask_judges.py collects to measure a judge's self-agreement."""
+    """Return whether a row is a repeated answer, which ask_judges.py collects to measure a judge's self-agreement."""
     metadata = value.get("metadata")
     return isinstance(metadata, dict) and metadata.get("repeat") is True
 
 
 def _counts_messages(value: Mapping[str, Any]) -> bool:
-    """Whether steps are identified by message positions, some of which may not be the agent's."""
+    """Return whether steps are identified by message positions, some of which may not be the agent's."""
     return "source_index" in value or any(key.endswith("step_labels") for key in value)
 
 
 def _is_row(value: Mapping[str, Any]) -> bool:
-    """Whether a line is a row of a strong judge, as in the input of the conversion, and not a score."""
+    """Return whether a line is a row of a strong judge, as in the input of the conversion, and not a score."""
     return "conversations" in value or ("score" not in value and not value.keys().isdisjoint(PROMPT_COLUMNS))
 
 
@@ -222,7 +222,7 @@ def _scores_in(
 def _whole(value: Any, place: str) -> int:
     number = whole_number(value)
     if number is None:
-        raise DataError(f"{place}: step {value!r:.30} is not a whole number. Steps count from 1.")
+        raise DataError(f"{place}: step {value!r:.30} is not a whole number. Steps are numbered from 1.")
     return number
 
 

@@ -121,7 +121,7 @@ def _scores(file: Path, lines: list[Any]) -> dict[StepId, float]:
     scores = {(line["id"], line["step"]): line["score"] for line in lines if line["status"] in SCORED}
     if not scores:
         reason = lines[0]["reason"] if lines else "no step asks for a score"
-        raise DataError(f"{file}: none of {len(lines)} steps got a score; the first one: {reason}.")
+        raise DataError(f"{file}: none of {len(lines)} steps got a score. Reason for the first step: {reason}.")
     return scores
 
 
@@ -129,7 +129,7 @@ def _scores(file: Path, lines: list[Any]) -> dict[StepId, float]:
 
 _SYSTEMONE = "/systemone"
 _LONGEST_VERDICT = 1024
-"""Tokens."""
+"""The maximum number of tokens of a chat model's verdict."""
 _WINDOW = 64
 """The number of steps that are asked about before their lines are written."""
 

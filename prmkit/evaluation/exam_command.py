@@ -70,7 +70,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
 
 
 def asks_judge(arguments: argparse.Namespace) -> bool:
-    """Whether a judge is loaded and asked, instead of only reading answers from a file."""
+    """Return whether a judge is loaded and asked, instead of only reading answers from a file."""
     return bool(arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with))
 
 

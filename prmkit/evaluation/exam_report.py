@@ -144,7 +144,7 @@ def conclusion(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
     """
     auroc = judge.metrics.get("auroc")
     if auroc is None or auroc.value is None:
-        return "cannot say", f"{judge.name}: cannot say, {auroc.reason if auroc else 'no step has a score'}."
+        return "cannot say", f"{judge.name}: cannot say ({auroc.reason if auroc else 'no step has a score'})."
     basis = f"{auroc.n:,} steps of {auroc.tasks:,} tasks"
     if auroc.low is None:
         reason = (auroc.reason or "").removeprefix("no interval: ")
@@ -169,7 +169,7 @@ def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
         return f"; it scored {judge.answered / judge.asked:.1%} of the labelled steps"
     found, constant = judge.metrics.get("processbench_f1"), best_constant(entrants, "processbench_f1")
     if found and found.value is not None and constant and found.value <= constant[1]:
-        return f"; at first errors (PB-F1 {found.value:.2f}) it is no better than {constant[0]} ({constant[1]:.2f})"
+        return f"; it locates first errors (PB-F1 {found.value:.2f}) no better than {constant[0]} ({constant[1]:.2f})"
     return ""
 
 

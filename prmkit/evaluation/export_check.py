@@ -18,7 +18,7 @@ log = logging.getLogger("prmkit")
 PARITY_PROMPTS = 8
 """The number of prompts to compare: a wrong template or dtype affects every prompt, so a few are enough."""
 DEFAULT_TOLERANCE = 0.02
-"""Larger than the effect of rounding to bfloat16 on a score, and far smaller than that of a wrong template."""
+"""The largest allowed difference of a score: above the effect of bfloat16, far below that of a wrong template."""
 
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _ROUNDING = 0.02
@@ -27,7 +27,7 @@ _ROUNDING = 0.02
 
 @dataclass(frozen=True)
 class Parity:
-    """How much the scores of two judges differ on the same prompts."""
+    """The differences between the scores of two judges on the same prompts."""
 
     prompts: int
     scores: int
@@ -181,7 +181,7 @@ def _newest(folder: Path, prefix: str) -> float:
 
 
 def _norms_differ(base: Path, export: Path) -> bool:
-    """Whether the one-dimensional weights, which LoRA does not change, differ by more than rounding."""
+    """Return whether the one-dimensional weights, which LoRA does not change, differ by more than rounding."""
     import torch
 
     exported = dict(_vectors(export))

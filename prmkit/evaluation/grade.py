@@ -291,7 +291,8 @@ def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] > SAME_AS_A_JUDGE:
         return f"It agrees with a single judge as well as the judges agree with each other ({difference})."
     return (
-        "It is not shown to agree with a single judge less than the judges agree with each other, but the gap may be "
+        "There is no evidence that it agrees with a single judge less than the judges agree with "
+        "each other, but the gap may be "
         f"up to {-gap['low']:.2f} ({difference})."
     )
 
@@ -326,12 +327,12 @@ def _selection_sentence(selection: Mapping[str, Any], prompts: int) -> str:
     chosen = f"{selection['prompts']:,} of {prompts:,} prompts were selected by ask_judges.py --first"
     if selection["audited_tasks"] < MIN_TASKS:
         return (
-            f"{chosen}, and only {selection['audited_tasks']} tasks have some that were selected at random: this is "
-            "agreement on steps that a judge was unsure of, not on all steps."
+            f"{chosen}, and only {selection['audited_tasks']} tasks have randomly selected prompts, so the metrics "
+            "describe steps that a judge was unsure of, not all steps."
         )
     return (
-        f"{chosen} and are weighted by the inverse of their selection probability: they are worth as much as "
-        f"{selection['effective_prompts']:,.0f} unselected prompts."
+        f"{chosen} and are weighted by the inverse of their selection probability: they are as informative as "
+        f"{selection['effective_prompts']:,.0f} prompts without selection."
     )
 
 

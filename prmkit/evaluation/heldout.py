@@ -55,7 +55,7 @@ class HeldOutPrompt:
     evaluation_type: str
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """The metadata of its first row, with the lowest weight of all its rows."""
+    """The metadata of the prompt's first row, with the lowest weight of all of the prompt's rows."""
     references: References
     reference: Mapping[str, float]
     """Key -> the mean score of the judges that scored it, corrected for their leniency."""
@@ -123,7 +123,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
-    """Read it from the conversion's report, which also counts identical repeated answers."""
+    """Read the judges' self-agreement from the conversion's report, which also counts identical repeated answers."""
     report = data_folder / REPORT
     found = read_json(report).get("self_agreement", []) if report.is_file() else []
     return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]

@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """The allowed values of the Host header; any other value comes from somebody else's page."""
+        """The allowed values of the Host header; another value means that the request is from another site's page."""
         return {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
 
     @property
@@ -135,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._send_json(page_state(self.server.labels))
         if path == "finish" and not refused:
-            threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
+            # In a thread, because shutdown waits for this request to end.
+            threading.Thread(target=self.server.shutdown).start()
 
     def _path(self) -> str | None:
         """Return the requested path; None unless host and token are correct."""
@@ -216,7 +217,7 @@ def page_state(labels: Labels) -> dict[str, Any]:
 def _shown(labels: Labels, drawn: Drawn) -> dict[str, Any]:
     run = labels.runs[drawn.trajectory_id]
     return {
-        "id": labels.sample.index(drawn),  # not the run's id, which may say how it ended
+        "id": labels.sample.index(drawn),  # not the run's id, which may reveal the outcome
         "task": run.task,
         "system": run.system,
         "history": [_step(step) for step in run.steps[: drawn.n - 1]],

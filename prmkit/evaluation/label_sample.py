@@ -37,7 +37,7 @@ class Drawn:
     trajectory_id: str
     n: int
     weight: float
-    """The number of steps that it represents, if none of its band is skipped."""
+    """The number of steps that this step represents, if no step of its band is skipped."""
     band: str
 
 
@@ -203,7 +203,7 @@ def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping
     """Return the scores of the only judge in a file; scores of unknown runs are skipped."""
     judges = read_exam_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
-        raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep the scores of one.")
+        raise UsageError(f"{file} has scores of {len(judges)} judges. Keep those of one.")
     return judges[0].scores
 
 

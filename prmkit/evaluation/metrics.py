@@ -49,7 +49,7 @@ Metrics = dict[str, Any]
 """Name -> `Estimate`, a nested dictionary of this kind, or a plain number or string."""
 
 ALL = "all"
-"""Means all evaluation types, or all keys, in `metrics.json`."""
+"""The name for all evaluation types, or all keys, in `metrics.json`."""
 ORDER = "spearman_within_keys"
 """The correlation that is shown and graded. Pooled over keys, even a judge that predicts the mean of each key has some
 correlation; within keys, it does not."""
@@ -75,17 +75,17 @@ class Metric:
     sample: Callable[..., Sample]
     """Makes the sample from the scores; for a metric `at_thresholds` from the scores and a threshold."""
     header: str = ""
-    """The header of its column on the terminal and in the report; empty for a metric only in `metrics.json`."""
+    """The header of the metric's column on the terminal and in the report; empty if it is only in `metrics.json`."""
     meaning: str = ""
     """The explanation of that column in the legend."""
     importance: int = 0
     """The importance of that column: on narrow terminals, the least important columns are dropped first."""
     brief: bool = False
-    """Whether it is also computed for baselines, against single judges, and in breakdowns."""
+    """Whether the metric is also computed for baselines, against single judges, and in breakdowns."""
     at_thresholds: bool = False
-    """Whether it is computed once per threshold of `BAD_BELOW`, under `bad_step`."""
+    """Whether the metric is computed once per threshold of `BAD_BELOW`, under `bad_step`."""
     binary: bool = False
-    """Whether it needs both classes: bad steps and others."""
+    """Whether the metric needs both classes: bad steps and others."""
 
     def estimate(self, sample: Sample) -> Estimate:
         """Return the metric of a sample, with its interval."""

@@ -33,7 +33,7 @@ _STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a judge's name may contain dollars
+    "text.parse_math": False,  # otherwise dollar signs in a judge's name would start a formula
 }
 _FEWEST_IN_BIN = 5
 _HEXBINS_A_ROW = 4
@@ -106,7 +106,8 @@ def _predicted_against_reference(scores: Scores) -> str:
     from matplotlib.ticker import MaxNLocator
 
     types = _types(scores)
-    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest are invisible on paper
+    # Without the lightest colours, which are invisible on paper.
+    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))
 
     columns = min(len(types), _HEXBINS_A_ROW)
     rows = -(-len(types) // columns)
@@ -190,8 +191,8 @@ def _legend_outside(axis: Any) -> None:
 
 _CALIBRATION_CAPTION = (
     "Left: scores in groups of equal size by the judge's score, and the judges' mean of each group. On the "
-    "line, the judge's 0.7 means 0.7. Right, if the judge gives probabilities: the share of bad steps among those that "
-    "it calls bad with this probability."
+    "line, this judge equals the judges' mean. Right, if the judge gives probabilities: the share of bad steps among "
+    "those that it calls bad with this probability."
 )
 
 
@@ -371,7 +372,7 @@ def _means(values: Sequence[tuple[Floats, Floats]]) -> tuple[list[float], list[f
     means, errors = [], []
     for each, weight in values:
         mean, deviation = _mean_and_deviation(each, weight)
-        effective = weight.sum() ** 2 / (weight**2).sum()  # Kish (1965)
+        effective = weight.sum() ** 2 / (weight**2).sum()  # the effective number of scores (Kish 1965)
         means.append(mean)
         errors.append(1.96 * deviation / (effective - 1) ** 0.5 if effective > 1 + 1e-9 else 0.0)
     return means, errors

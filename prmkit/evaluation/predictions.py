@@ -131,9 +131,9 @@ class Scores:
     clip_number: Floats
     prompt_characters: Floats
     predicted: Floats
-    """The judge's score: the mean of its distribution."""
+    """The judge's score: the mean of the judge's distribution."""
     median: Floats
-    """The median of its distribution."""
+    """The median of the judge's distribution."""
     std: Floats
     below: Floats
     """Probability that the score is below each of `BAD_BELOW`, shape (scores, 2); NaN in generate mode."""
@@ -166,7 +166,7 @@ class Scores:
 
 
 def has_score(row: Row, key: str) -> bool:
-    """Whether a prediction has a number for a key."""
+    """Return whether a prediction has a number for a key."""
     mean = row["scores"].get(key, {}).get("mean")
     return mean is not None and math.isfinite(mean)
 
@@ -276,30 +276,30 @@ def by_median(scores: Scores) -> Sample:
 
 
 def pairs(scores: Scores) -> Sample:
-    """Differences between two scores of the same trajectory, evaluation type and key."""
+    """Return the differences between two scores of the same trajectory, evaluation type and key."""
     group = scores.trajectory * (int(scores.kind.max(initial=0)) + 1) + scores.kind
     return make_pairs(replace(by_mean(scores), group=group))
 
 
 def suspicion(scores: Scores, threshold: float) -> Sample:
-    """The negative score of each step, so that bad steps rank high, against 1.0 for a bad step, otherwise 0.0."""
+    """Return the negative score of each step (bad steps rank high), against 1.0 for a bad step and 0.0 for others."""
     return _sample(scores, -scores.predicted, bad_steps(scores, threshold))
 
 
 def flagged_of_bad(scores: Scores, threshold: float) -> Sample:
-    """For the truly bad steps: 1.0 if the judge's score is also below the threshold."""
+    """Return, for each truly bad step, 1.0 if the judge's score is also below the threshold, otherwise 0.0."""
     bad = scores.where(bad_steps(scores, threshold) > 0)
     return _sample(bad, bad.predicted < threshold - SAME_SCORE, bad.reference)
 
 
 def bad_of_flagged(scores: Scores, threshold: float) -> Sample:
-    """For the steps that the judge scores below the threshold: 1.0 if the step is truly bad."""
+    """Return, for each step that the judge scores below the threshold, 1.0 if it is truly bad, otherwise 0.0."""
     flagged = scores.where(scores.predicted < threshold - SAME_SCORE)
     return _sample(flagged, bad_steps(flagged, threshold), flagged.reference)
 
 
 def praised_of_bad(scores: Scores) -> Sample:
-    """For the truly bad steps: 1.0 if the judge praises the step."""
+    """Return, for each truly bad step, 1.0 if the judge praises it, otherwise 0.0."""
     bad = scores.where(bad_steps(scores, BAD_BELOW[0]) > 0)
     return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
 
@@ -312,20 +312,20 @@ def probability_of_bad(scores: Scores, threshold: float) -> Sample:
 
 
 def confidence(scores: Scores) -> Sample:
-    """The negative standard deviation of each score, against its error."""
+    """Return the negative standard deviation of each score, against its error."""
     known = scores.where(np.isfinite(scores.std))
     return _sample(known, -known.std, np.abs(known.predicted - known.reference))
 
 
 def within_own_range(scores: Scores) -> Sample:
-    """1.0 if the reference is in the 90 % range that the judge's mean and std imply for normal errors."""
+    """Return 1.0 for each score whose reference is in the 90 % range that the judge's mean and std imply, else 0.0."""
     known = scores.where(np.isfinite(scores.std))
     inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
     return _sample(known, inside, known.reference)
 
 
 def bad_steps(scores: Scores, threshold: float) -> Floats:
-    """1.0 for each truly bad step: the reference is below the threshold; 0.0 for the others."""
+    """Return 1.0 for each truly bad step (the reference is below the threshold), otherwise 0.0."""
     return (scores.reference < threshold - SAME_SCORE).astype(np.float64)
 
 

@@ -49,7 +49,7 @@ class Probe:
     name: str
     kind: Kind
     change: Callable[[HeldOutPrompt, FinalAnswers], str | None]
-    """The changed text; None if there is nothing to change."""
+    """Returns the changed prompt; None if there is nothing to change."""
     meaning: str
 
 
@@ -310,7 +310,7 @@ def _with_wrong_answer(prompt: HeldOutPrompt, answers: FinalAnswers) -> str | No
 
 
 def _may_agree(answer: str, other: str) -> bool:
-    """Whether two answers may be equivalent: one contains the other, or they share a number."""
+    """Return whether two answers may be equivalent: one contains the other, or they share a number."""
     numbers, others = (set(re.findall(r"\d+", each)) for each in (answer, other))
     return answer in other or other in answer or bool(numbers & others)
 

@@ -59,7 +59,7 @@ def _skill(error_of: Callable[[Sample], Statistic], sample: Sample) -> Statistic
     errors, baseline_errors = error_of(sample), error_of(_baseline_of(sample))
 
     def statistic(weights: Floats) -> Floats:
-        of_baseline = baseline_errors(weights)  # a baseline that is always right errs by a rounding error, not by 0
+        of_baseline = baseline_errors(weights)  # rounding gives even a perfect baseline an error slightly above 0
         return 1 - ratio(errors(weights), np.where(of_baseline < SAME_SCORE, 0.0, of_baseline))
 
     return statistic
@@ -304,7 +304,7 @@ def pairwise_accuracy(pairs: Sample) -> Statistic:
     """
     distance, tied = np.abs(pairs.predicted), _tied(pairs)
     if tied.all():
-        return lambda weights: np.full(len(weights), np.nan)  # no order could be right
+        return lambda weights: np.full(len(weights), np.nan)  # all pairs are tied, so no order can be right
     right_order = ~tied & (np.sign(pairs.predicted) == np.sign(pairs.reference))
     epsilon = _best_epsilon(distance, tied * pairs.weight, right_order * pairs.weight)
     return mean_of(pairs, np.where(distance <= epsilon, tied, right_order).astype(np.float64))
@@ -391,7 +391,7 @@ class _Values:
         self._shape = (len(distinct), sample.tasks)
 
     def counted(self, counts: Floats) -> Statistic:
-        """A function that gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
+        """Return a function: the sum of `counts` at each value in each resample, shape (values, resamples)."""
         from scipy.sparse import csr_array
 
         by_task = csr_array((counts[self._order], self._task, self._from), shape=self._shape)
@@ -399,7 +399,7 @@ class _Values:
 
 
 def _below(sizes: Floats) -> Floats:
-    """How many have a smaller value (equal values count as one half), if each value occurs `sizes` times."""
+    """Return how many are smaller than each value (equal ones count as one half), if it occurs `sizes` times."""
     below = running_sums(sizes)
     below -= sizes / 2
     return below

@@ -176,7 +176,7 @@ def test_a_gate_opens_on_chosen_prompts_only_where_chance_chose_some_of_enough_t
     metrics = metrics_of(predictions_of(few, noisy(0.1)), None, few, CONSTANTS)
     with pytest.raises(GateError, match=r"--min-spearman: cannot be decided: ask_judges.py --first selected [\d,]+ of"):
         check_enough_scores(metrics, "--min-spearman")
-    assert any("steps that a judge was unsure of, not on all" in line for line in warnings(metrics))
+    assert any("steps that a judge was unsure of, not all" in line for line in warnings(metrics))
     enough = chosen_by_first(held_out, 0.4)
     metrics = metrics_of(predictions_of(enough, noisy(0.1)), None, enough, CONSTANTS)
     check_enough_scores(metrics, "--min-spearman")
@@ -184,7 +184,7 @@ def test_a_gate_opens_on_chosen_prompts_only_where_chance_chose_some_of_enough_t
     assert metrics["trajectory"]["trajectories"] == 0
     assert "steps that ask_judges.py --first selected" in metrics["trajectory"]["left_out"]
     told = next(line for line in warnings(metrics) if "--first" in line)
-    effective = float(re.findall(r"as much as ([\d,]+) unselected", told)[0].replace(",", ""))
+    effective = float(re.findall(r"as informative as ([\d,]+) prompts without", told)[0].replace(",", ""))
     assert 0.2 * len(held_out.prompts) < effective < len(enough.prompts)
 
 
@@ -387,7 +387,7 @@ def test_a_margin_asks_for_proof_and_says_how_many_tasks_it_takes(tmp_path):
     one = write_evaluation(tmp_path / "one", held_out, noisy(0.1))
     twin = write_evaluation(tmp_path / "twin", held_out, noisy(0.1, seed=9))
     comparison = compare(one, twin)
-    assert "cannot be ruled out; use --margin X to require that it is" in check_not_worse(comparison)
+    assert "cannot be ruled out; to require a smaller loss, use --margin X" in check_not_worse(comparison)
     assert "Non-inferior within 0.3" in check_not_worse(comparison, 0.3)
     with pytest.raises(GateError, match=r"--margin 0.01: cannot be decided; about \d+ tasks are needed"):
         check_not_worse(comparison, 0.01)

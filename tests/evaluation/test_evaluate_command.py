@@ -202,7 +202,7 @@ def test_a_breakdown_counts_what_it_leaves_out():
 
 
 def test_a_breakdown_by_a_key_that_no_row_has_names_those_there_are(run):
-    with pytest.raises(UsageError, match=r"--by agent: no row of .* has a name or a number .* It has .*provider"):
+    with pytest.raises(UsageError, match=r"--by agent: no row of .* has a name or a number .* can be used: .*provider"):
         evaluate_judge("--run", run, "--by", "agent")
 
 

@@ -304,7 +304,7 @@ def test_a_line_after_an_empty_one_has_its_own_number(ternary: Path) -> None:
 def test_two_scores_for_one_step_are_refused_unless_equal(ternary: Path) -> None:
     line = {"id": "quiz_0.0", "step": 1, "score": 0.5}
     take(ternary, "--predictions", public.write_lines(ternary.parent / "twice.jsonl", [line, line]))
-    with pytest.raises(DataError, match="already scored this step"):
+    with pytest.raises(DataError, match="already given this step a different score"):
         take(
             ternary, "--predictions", public.write_lines(ternary.parent / "twice.jsonl", [line, line | {"score": 0.6}])
         )
@@ -353,8 +353,11 @@ UNUSED = "remove {}, which it does not use."
         (("--parity", "--min-label-mass", "0", "--too-long", "report"), UNUSED.format("--min-label-mass, --too-long")),
         (("--predict-with", "u", "--server-model", "m"), "--predict-with, --server-model: only used with --exam."),
         (("--api-key-env", "KEY"), "--api-key-env: only used with --predict-with."),
-        ((*ANSWERS, "--server-model", "m"), "--server-model: only used with --predict-with. Add that flag, or drop"),
-        (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add that flag, or drop this"),
+        (
+            (*ANSWERS, "--server-model", "m"),
+            "--server-model: only used with --predict-with. Add --predict-with, or remove",
+        ),
+        (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add --mode generate, or remove"),
         (("--mode", "generate", "--min-label-mass", "0"), "--min-label-mass: only used with --mode expected."),
         (("--exam", "e", "--run", "r", "--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate."),
     ],
