@@ -8,9 +8,9 @@ from prmkit.verdict import AGGREGATES
 
 
 def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
-    """A scorer that judges what the model wrote; the score's metadata has the score of each step.
+    """Return a scorer that judges what the model wrote; the score's metadata has the score of each step.
 
-    The messages of the sample's input are context, also the agent's in examples: their steps do not count. A sample in
+    The messages of the sample's input, including the agent's in examples, are context and are not scored. A sample in
     which the model wrote nothing, or with a step that has no score, is `Score.unscored`: Inspect leaves it out of its
     metrics and counts it.
 

@@ -30,7 +30,7 @@ def make_optimizer(
     python: str = sys.executable,
     settings: Sequence[str] = (),
 ) -> Any:
-    """Make an `AlignmentOptimizer` whose `align` trains weights, where MLflow's optimizers rewrite the prompt.
+    """Make an `AlignmentOptimizer` whose `align` trains weights, whereas MLflow's optimizers rewrite the prompt.
 
     The inputs and outputs of each trace's root span are one step. Human feedback under the judge's name is its label: a
     number from 0 to 1, a boolean, or yes or no. The server ends with the process.
@@ -49,7 +49,7 @@ def make_optimizer(
     from mlflow.genai.judges.base import AlignmentOptimizer
 
     class TrainingOptimizer(AlignmentOptimizer):  # type: ignore[misc]
-        """Trains a judge with prmkit."""
+        """An optimizer that trains a judge with prmkit."""
 
         def align(self, judge: Any, traces: list[Any]) -> Any:
             work, scripts = Path(folder).resolve(), Path(toolkit).resolve()
@@ -80,7 +80,7 @@ def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
     client = client_of(judge)
 
     class ServedJudge(MlflowJudge):  # type: ignore[misc]
-        """Asks `serve_judge.py`."""
+        """A judge that sends its questions to `serve_judge.py`."""
 
         @property
         def instructions(self) -> str:

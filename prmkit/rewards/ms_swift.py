@@ -16,7 +16,7 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
     """Make a subclass of `swift.rewards.ORM`.
 
     ms-swift turns None into 0, so a completion without a score gets the mean of its group (the completions with the
-    same `prompt_id`). In a group without any score, all stay None.
+    same `prompt_id`). In a group without any score, all rewards stay None.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.

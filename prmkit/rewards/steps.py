@@ -32,10 +32,10 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
 
 
 def reward_of(line: Mapping[str, Any]) -> Reward:
-    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none.
+    """Return the reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none.
 
     Raises:
-        JudgeUnavailable: a server or a lack of memory is to blame.
+        JudgeUnavailable: a server failed or memory ran out.
         RequestRefused: the step can never be scored.
     """
     if line["status"] == "failed":
@@ -47,7 +47,7 @@ def reward_of(line: Mapping[str, Any]) -> Reward:
 
 
 def reward_of_step(judge: Judge, step: Mapping[str, Any] | Sequence[Mapping[str, Any]], **asked: Any) -> Reward:
-    """The reward of one step: a message of the agent, with its results. Without a value if the agent wrote nothing.
+    """Return the reward of one step (a message of the agent, with its results); it has no value for an empty message.
 
     Args:
         judge: the client.

@@ -17,8 +17,8 @@ def make_reward_func(
     """Make a reward function for `GRPOTrainer`, for plain-text and conversational prompts.
 
     TRL 1.x excludes a completion whose reward is None from its group. TRL 0.24 turns None into 0, which would teach the
-    policy to avoid what the judge could not score; so with TRL 0.x, the completion gets the mean of its group, and with
-    it hardly any advantage. In a group without any score, all stay None.
+    policy to avoid what the judge could not score; so with TRL 0.x, the completion gets the mean of its group, so that
+    its advantage is almost zero. In a group without any score, all rewards stay None.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.

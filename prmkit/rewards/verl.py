@@ -41,7 +41,8 @@ def make_compute_score(
         **_more: Any,
     ) -> dict[str, float]:
         prompts = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
-        prompt = next((each for each in prompts if isinstance(each, Collection) and len(each)), None)  # arrays, NaN
+        # A prompt may be a NumPy array, whose truth value raises an error, or NaN if it is missing.
+        prompt = next((each for each in prompts if isinstance(each, Collection) and len(each)), None)
         if prompt is None:
             raise ValueError(f"extra_info does not have the policy's prompt. Add it as one of {', '.join(_PROMPTS)}.")
         prompt = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
