@@ -31,7 +31,7 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """The number of values in it."""
+        """The number of values in the tensor."""
         size = 1
         for length in self.shape:
             size *= length

@@ -82,7 +82,7 @@ _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
 
 
 def is_accepted_anyway(name: str, value: Any) -> bool:
-    """Whether a key may have a value that is outside its own types and choices."""
+    """Return whether a key may have a value that is outside its own types and choices."""
     return value in _ACCEPTED_ANYWAY.get(name, ())
 
 
@@ -114,7 +114,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key contains a secret, whose value must not be printed or recorded."""
+    """Return whether a key contains a secret, whose value must not be printed or recorded."""
     return bool(_SECRET.search(key))
 
 
@@ -351,7 +351,7 @@ def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
     if "swanlab" in loggers and not config["use_swanlab"]:
         yield error("report_to", message, "Write use_swanlab: true and report_to: none.")
     elif "all" in loggers and not config["use_swanlab"] and installed_version("swanlab"):
-        yield error("report_to", f"all uses every installed logger, and {message}", "List those you want.")
+        yield error("report_to", f"all uses every installed logger, and {message}", "List the loggers that you want.")
 
 
 # --- unexpected effects of settings -------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ _RARELY_MEANT = {
     ),
     "torch_compile": ("torch_compile compiles again for every row length", "Remove it."),
     "max_samples": (
-        "max_samples: only the first {} rows of each dataset are used, held-out rows too",
+        "max_samples: only the first {} rows of each dataset are used, including held-out datasets",
         "Remove it for a real run.",
     ),
     "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chat models, not scoring", "Remove it."),

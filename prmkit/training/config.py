@@ -250,7 +250,7 @@ class _Changes:
     derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Key -> new value and reason."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Key -> reason."""
+    """Key to leave out -> reason."""
 
     def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
         """Leave out those of `names` that have a value other than null and false."""

@@ -231,7 +231,10 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     entries = read_entries(folder)
     sides = [[entries[name] for name in side if name in entries] for side in (names, held_out)]
     if any(entry.file is None or entry.file.suffix not in _COMPARED for side in sides for entry in side):
-        return ok("held-out", f"{', '.join(held_out)}; not compared with training rows: only JSON files can be")
+        return ok(
+            "held-out",
+            f"{', '.join(held_out)}; not compared with training rows, because only JSON files can be compared",
+        )
     trained, kept = map(_tasks_and_prompts, sides)
     shared_tasks, shared_prompts = trained[0] & kept[0], trained[1] & kept[1]
     if shared_tasks or shared_prompts:

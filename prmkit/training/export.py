@@ -36,7 +36,7 @@ _KEPT_KEYS = (
 
 
 EXPORT_KEYS = ("export_dir", "export_size", "export_device", "infer_dtype")
-"""The keys that may be set for an export; all others are as in training."""
+"""The keys that may be set for an export; all other keys keep the values of the training."""
 
 
 @dataclass(frozen=True)

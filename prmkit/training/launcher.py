@@ -42,12 +42,12 @@ class Launch:
     nproc: int | None = None
     """Processes on this node; None means one per visible GPU."""
     nnodes: str = "1"
-    """A number, or `MIN:MAX` for an elastic run."""
+    """The number of nodes, or `MIN:MAX` for an elastic run."""
     node_rank: int = 0
     master_addr: str | None = None
     """The address of the first node; None for this machine."""
     master_port: int | None = None
-    """None means a free port on a single node, 29500 on several."""
+    """The port of the first node; None means a free port on a single node, 29500 on several."""
     rdzv_id: str | None = None
     """The id of an elastic run: nodes with the same id find each other at `master_addr`."""
     max_restarts: int = 0
@@ -180,12 +180,12 @@ class Child:
     process: subprocess.Popen[bytes]
 
     def terminate(self) -> None:
-        """Send SIGTERM: the first asks it to save and stop, the second kills it with everything that it started."""
+        """Send SIGTERM: the first asks the command to save and stop, the second kills it and all that it started."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill it and everything that it started, now."""
+        """Kill the command and everything that it started immediately."""
         if self.process.stdin:
             self.process.stdin.close()
         try:
@@ -281,7 +281,7 @@ def _stop(child: Child, on_poll: Callable[[], None], is_saved: Callable[[], bool
 
 @contextmanager
 def _stopping_signals() -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP raise `Interrupted`.
 
     SIGINT does so even if the shell ignores it, as it does for commands that a script starts with `&`. SIGHUP stays
     ignored if it was (nohup). Signals in quick succession are one request: Ctrl-C reaches train.py from the terminal,

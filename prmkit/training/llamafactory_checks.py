@@ -28,7 +28,7 @@ NEEDS_TORCHRUN = ("deepspeed", "fsdp", "fsdp_config", "ddp_backend")
 
 
 def hub_answers(name: str) -> bool:
-    """Whether the hub responds, if the model would come from there; true if the hub is not needed.
+    """Return whether the hub responds, if the model would come from there; true if the hub is not needed.
 
     It is contacted once, for a few seconds, because huggingface_hub tries each file six times, for most of a minute,
     before it uses earlier downloads.
@@ -106,7 +106,9 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
     """
     name = values.get("template")
     if encoding.own_chat_template is None:
-        return ok("template", f"{name}; a base model without a chat template, which will be trained with this one")
+        return ok(
+            "template", f"{name}; the base model has no chat template of its own and will be trained with this one"
+        )
     try:
         with limited("the model's chat template"):
             own = _own_rendering(encoding.tokenizer, encoding.own_chat_template, values)
@@ -273,7 +275,7 @@ def _make_schedule(arguments: Any) -> None:
     from llamafactory.train.trainer_utils import create_custom_scheduler
     from transformers import get_scheduler
 
-    steps = 100  # as good as any other number
+    steps = 100  # any number would do
     optimizer = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters(), lr=arguments.learning_rate)
     create_custom_scheduler(arguments, steps)
     get_scheduler(

@@ -253,7 +253,7 @@ def remedies(
 ) -> list[tuple[str, Memory]]:
     """Return the flags to fit into `budget` bytes, and the memory that training then takes.
 
-    The mildest come first. Each entry includes the flags before it, and the list ends with the first that fits.
+    The mildest changes come first. Each entry includes the flags before it, and the list ends with the first that fits.
     """
     steps: list[tuple[str, Memory]] = []
     now, typed = dict(values), ""
@@ -361,4 +361,6 @@ def _faster(model: Model, values: Any, *, budget: float, tokens: int, world_size
     if memory.total > COMFORTABLE * budget:
         return ""
     faster = f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB."
-    return faster + ("" if values.get("neat_packing") else " So would packed rows: see configs/80gb_lora.yaml.")
+    return faster + (
+        "" if values.get("neat_packing") else " Packed rows would also be faster: see configs/80gb_lora.yaml."
+    )

@@ -46,7 +46,7 @@ def check_model_folder(values: Mapping[str, Any]) -> Check:
 
 
 def is_hub_name(named: str) -> bool:
-    """Whether a name that is not a local folder is a name on the hub.
+    """Return whether a name that is not a local folder is a name on the hub.
 
     `models/Qwen2.5-7B` looks like one, too; but if there is a folder `models`, the model is missing from it.
     """
@@ -153,7 +153,7 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _was_used(checkpoint: Path) -> bool:
-    """Whether this checkpoint, deleted since, was already used to resume the training run next to it."""
+    """Return whether this checkpoint, deleted since, was already used to resume the training run next to it."""
     record = read_record(checkpoint.parent)
     return record is not None and str(checkpoint) in record["resumed_from"]
 
@@ -200,8 +200,8 @@ def _check_adapter_settings(folder: Path, values: Mapping[str, Any]) -> Iterator
     if isinstance(targets, list) and wanted and wanted != set(targets):
         other.append(f"lora_target: {values['lora_target']} (it has {','.join(sorted(targets))})")
     if other:
-        found = f"adapter_name_or_path: {folder} keeps its own settings, not {', '.join(other)}"
-        advice = "Write its own settings, or create_new_adapter: true to merge it and train a new one."
+        found = f"adapter_name_or_path: {folder} keeps its own settings and ignores {', '.join(other)}"
+        advice = "Write the adapter's settings, or create_new_adapter: true to merge it and train a new one."
         yield warning("settings", found, advice)
 
 

@@ -93,7 +93,7 @@ class Follower:
         if not self.source.exists():
             return []
         if self.source.stat().st_size < self.position:
-            self.position, self.rest = 0, b""  # written again from the beginning
+            self.position, self.rest = 0, b""  # the file was written again from the beginning
         with self.source.open("rb") as stream:
             stream.seek(self.position)
             read = stream.read()
@@ -258,7 +258,7 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
         if curve:
             axes.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
-    axes.set_title(name, parse_math=False)  # a run may be called `$$`
+    axes.set_title(name, parse_math=False)  # otherwise `$$` in a run's name would be read as a formula
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

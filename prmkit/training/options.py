@@ -24,7 +24,7 @@ DEFAULT_CONFIG = Path("training_config.yaml")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of train.py, named like its flags."""
+    """The options of train.py, with the names of its flags."""
 
     config: Path = DEFAULT_CONFIG
     assignments: Sequence[str] = ()
@@ -105,7 +105,7 @@ def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> st
 # --- what to type next ----------------------------------------------------------------------------------------------
 
 NEW_STEPS = "examples/new_steps.jsonl"
-"""Steps that ship with the project, to be scored."""
+"""Example steps to score, which ship with the project."""
 
 
 def _next_to_train(name: str) -> str:

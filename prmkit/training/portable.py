@@ -113,7 +113,7 @@ def _portable_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = portable.get("rope_parameters")
     if not isinstance(rope, dict):
         return portable
-    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: one base per type of layer
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: one rope_theta per type of layer
         if isinstance(local := rope.get("sliding_attention"), dict) and "rope_theta" in local:
             portable.setdefault("rope_local_base_freq", local["rope_theta"])
         rope = rope["full_attention"]

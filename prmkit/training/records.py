@@ -45,7 +45,7 @@ _NOT_ABOUT_LEARNING = {
     "max_new_tokens", "max_length", "repetition_penalty",
 }  # fmt: skip
 _FOLDERS = {"model_name_or_path", "adapter_name_or_path", "dataset_dir", "tokenized_path", "cache_dir", "deepspeed"}
-# Their product is the number of rows per optimizer step and device; only that must stay the same.
+# Their product is the number of rows per optimizer step and device; only this product must stay the same.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -235,12 +235,12 @@ _CONTENTS = (
 
 
 def contents_changed(difference: str) -> bool:
-    """Whether a line of `differences` is about files rather than keys of the config."""
+    """Return whether a line of `differences` is about files rather than keys of the config."""
     return any(difference == f"{what}: {changed}" for what, _, changed in _CONTENTS)
 
 
 def _has_changed(before: Any, after: Any) -> bool:
-    """Whether two hashes differ; they cannot be compared if one is missing or was made by another method."""
+    """Return whether two hashes differ; they cannot be compared if one is missing or was made by another method."""
     return bool(before and after) and before != after and str(before).partition(":")[1] == str(after).partition(":")[1]
 
 
@@ -273,9 +273,11 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
     except DataError:
         record = None
     if not isinstance(record, dict) or not all(isinstance(record.get(k, ...), t) for k, t in _REQUIRED.items()):
-        raise DataError(f"{path}: damaged. Add --overwrite, which renames the folder, or run_name=NAME.")
+        raise DataError(f"{path} is damaged. Add --overwrite, which renames the folder, or run_name=NAME.")
     if not isinstance(record["base_model"].get("path"), str):
-        raise DataError(f"{path}: damaged: no path of the base model. Add --overwrite, which renames the folder.")
+        raise DataError(
+            f"{path} is damaged: the base model's path is missing. Add --overwrite, which renames the folder."
+        )
     return record
 
 

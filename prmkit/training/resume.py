@@ -229,7 +229,7 @@ def _decide_without_record(folder: Path, fresh: dict[str, Any]) -> Decision:
 def _decide_with_other_config(
     folder: Path, record: dict[str, Any], fresh: dict[str, Any], changed: list[str], *, rename: bool
 ) -> Decision:
-    """An unfinished run of another config may only be replaced if it has saved nothing."""
+    """Decide for an unfinished run of another config, which may only be replaced if it has saved nothing."""
     explicit = _not_resumed_from(_named_checkpoint(fresh), record)
     if record["config"].get("save_only_model"):
         _check_weights_only(folder)
@@ -245,7 +245,7 @@ def _decide_with_same_config(folder: Path, record: dict[str, Any], fresh: dict[s
     weights_only = bool(record["config"].get("save_only_model"))
     if _has_final_files(folder):
         if rename and not weights_only:
-            newest_checkpoint(folder, rename=True)  # only to rename those that cannot be used
+            newest_checkpoint(folder, rename=True)  # called only to rename unusable checkpoints
         return Decision(Action.FINISH, record)
     if weights_only:
         _check_weights_only(folder)
@@ -271,7 +271,7 @@ def _not_resumed_from(named: Path | None, record: Mapping[str, Any]) -> Checkpoi
 
 
 def _has_final_files(folder: Path) -> bool:
-    """Whether the final files are complete: LLaMA Factory writes the weights first and `trainer_state.json` last."""
+    """Return whether the final files are complete: the weights, and `trainer_state.json`, which is written last."""
     state = read_state(folder)
     return state is not None and state["global_step"] >= state["max_steps"] and content_fault(folder) is None
 
@@ -288,7 +288,7 @@ def _check_chosen(folder: Path | None) -> Checkpoint | None:
     if fault is None:
         return _load_checkpoint(folder)
     others = [str(other) for other in checkpoint_folders(folder.parent) if checkpoint_fault(other) is None]
-    choice = f"Complete ones: {', '.join(others)}." if others else "Remove the key to start from the beginning."
+    choice = f"Complete checkpoints: {', '.join(others)}." if others else "Remove the key to start from the beginning."
     raise DataError(f"resume_from_checkpoint: {folder}: {fault}. {choice}")
 
 
@@ -345,8 +345,8 @@ def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> 
     same_rows = trained_on.get("sha256") == (record["dataset"] or {}).get("sha256")
     if steps < 0 and same_rows and epochs <= float(state.get("epoch") or 0.0):
         raise UsageError(
-            f"num_train_epochs={epochs:g}, but {checkpoint.folder} has already trained {state['epoch']:g} on this "
-            "dataset. Set more with --epochs."
+            f"num_train_epochs={epochs:g}, but {checkpoint.folder} is already at epoch {state['epoch']:g} on this "
+            "dataset. Set a larger number with --epochs."
         )
 
 

@@ -218,7 +218,7 @@ def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int
             raise Interrupted(_how_to_resume(folder), stop.exit_code) from None
     if code != 0:
         message = f"{launcher.diagnose(log_path, begin, code, values)}\nOnce it is fixed, {_again('run')}"
-        # The checkpoint does not cause a signal or a full device.
+        # A signal or a full disk is not the checkpoint's fault.
         may_be_checkpoint = checkpoint is not None and not stopping.has_stepped and code == 1
         raise (_FailedBeforeFirstStep if may_be_checkpoint else LlamaFactoryError)(message)
 
@@ -262,7 +262,7 @@ class _Stopping:
         self.has_stepped = True
 
     def begin_waiting(self) -> float:
-        """Count only checkpoints from now on as saved.
+        """From now on, count only new checkpoints as saved.
 
         Returns:
             How many seconds to wait: for two steps and the saving, which happens between steps.

@@ -36,7 +36,7 @@ from prmkit.training.run import Setup, carry_out, run_worker_node, write_card
 
 log = logging.getLogger(__name__)
 
-_LOCK_PATIENCE = 5.0  # seconds; a killed run's children are gone long before
+_LOCK_PATIENCE = 5.0  # seconds; a killed run's children end much sooner
 
 
 def execute(options: TrainOptions) -> Outcome:
@@ -102,7 +102,7 @@ def resolve(options: TrainOptions) -> Setup:
     torchrun = world_size > 1 or launch.rdzv_id is not None or len(machine.gpus) > 1
     config = resolve_config(options.config, overrides, machine=machine, torchrun=torchrun, files=True)
     if not torchrun and any(config.values.get(key) for key in ("deepspeed", "fsdp", "fsdp_config")):
-        # They need torchrun even for one process, and that is known only now.
+        # DeepSpeed and FSDP need torchrun even for one process, and only the resolved config shows that they are used.
         torchrun = True
         config = resolve_config(options.config, overrides, machine=machine, torchrun=True)
     return Setup(config, launch, processes, world_size, torchrun, options.verbose)
@@ -181,13 +181,13 @@ def _check_run_folder(options: TrainOptions, request: _TrainRequest) -> Iterator
     step = decision.checkpoint.step if decision.checkpoint else 0
     descriptions = {
         Action.BEGIN: "a new run", Action.RESUME: f"the run resumes from step {step}",
-        Action.FINISH: "the run has trained all its steps and gets its final files", Action.DONE: "the run is finished",
+        Action.FINISH: "all steps are trained; only the final files are missing", Action.DONE: "the run is finished",
     }  # fmt: skip
     yield ok(name, f"{folder}: {descriptions[decision.action]}")
 
 
 def _is_finished(options: TrainOptions, request: _TrainRequest) -> bool:
-    """Whether there is nothing to train, and so nothing to check."""
+    """Return whether there is nothing to train, and so nothing to check."""
     record = None if options.overwrite else read_record(_choose_folder(options, request))
     return record is not None and record["status"] == "finished" and not differences(record, request.fresh)
 

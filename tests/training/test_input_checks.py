@@ -499,7 +499,7 @@ def adapter(folder: Path, **shape: Any) -> str:
 @pytest.mark.parametrize(
     ("values", "reported"),
     [
-        ({"lora_rank": 4}, "keeps its own settings, not lora_rank: 4 (it has 8)"),
+        ({"lora_rank": 4}, "keeps its own settings and ignores lora_rank: 4 (it has 8)"),
         ({"lora_rank": 4, "lora_alpha": 8}, "lora_rank: 4 (it has 8), lora_alpha: 8 (it has 16)"),
         ({"lora_target": "q_proj"}, "lora_target: q_proj (it has "),
     ],

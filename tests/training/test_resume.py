@@ -262,7 +262,7 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
     [
         (["max_steps=80"], "is already at step 80"),
         (["max_steps=8"], "Increase max_steps"),
-        ([], "has already trained 8 on this dataset"),
+        ([], "is already at epoch 8 on this dataset"),
     ],
 )
 def test_a_finished_checkpoint_of_another_run_is_not_copied_as_a_new_run(

@@ -203,7 +203,7 @@ def test_a_damaged_record_does_not_hide_the_others(script: Script, finished_copy
     assert "damaged" in shown and "finished" in shown
     json.loads(script("train.py", "--config", "config.yaml", "--runs", "--json", cwd=finished_copy).stdout)
     refused = script("train.py", "--config", "config.yaml", "run_name=bad", cwd=finished_copy, code=1).stderr
-    assert "saves/bad/run.json: damaged" in refused and "--overwrite" in refused
+    assert "saves/bad/run.json is damaged" in refused and "--overwrite" in refused
 
 
 def test_the_checks_see_what_is_in_the_folder(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
