@@ -302,7 +302,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
         "now": sum(step.status != "ok" for step in steps) / len(steps),
     }
     if unsure["now"] - unsure["then"] > limit:
-        findings.append(f"unsure or unscored: {unsure['now']:.0%}, but {unsure['then']:.0%} on the held-out rows")
+        findings.append(f"unsure or unscored: {unsure['now']:.0%} now, {unsure['then']:.0%} on the held-out rows")
     # Rare score keys may stay undecided, but not all keys, nor those of a tenth of the steps or more.
     is_decided = len(undecided.keys() & groups.keys()) < len(groups) and sum(undecided.values()) < len(steps) / 10
     undecided_names = [] if is_decided else list(undecided) or ([] if findings else ["all steps"])

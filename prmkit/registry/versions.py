@@ -54,10 +54,10 @@ def changing(folder: Path) -> Iterator[RegistryState]:
 
 
 def _remove_leftovers(folder: Path, state: RegistryState) -> None:
-    """Remove what a killed command left, but never a complete version that is missing from the history.
+    """Remove what a killed command left, but never a registered version whose history line is lost.
 
     Raises:
-        DataError: a complete version is missing from the history, so the history has lost lines.
+        DataError: the history has lost the line of a registered version.
     """
     removed = [registered.folder_of_version(version, folder) for version in state.removed]
     known = {registered.folder_of_version(version, folder) for version in state.versions}
@@ -71,8 +71,8 @@ def _remove_leftovers(folder: Path, state: RegistryState) -> None:
     for file in sorted(folder.glob(f"*/*/{registered.VERSION_FILE}")):
         if file.parent.name.isdecimal() and file.parent not in known:
             raise DataError(
-                f"{file.parent}: {folder / registered.HISTORY_FILE} has no line for this version, so lines of it "
-                "are lost. Restore the file from a backup, or remove the folder by hand."
+                f"{file.parent}: {folder / registered.HISTORY_FILE} has no line for this version, so lines of the "
+                "history are lost. Restore the history from a backup, or delete the version's folder."
             )
 
 
