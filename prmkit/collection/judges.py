@@ -141,7 +141,7 @@ def _check(judge: StrongJudge, location: str) -> None:
         raise UsageError(f"{location}: concurrency and timeout must be above zero.")
     # Comparisons with NaN are always false, so a price of NaN would never exceed a budget.
     if not all(0 <= (price or 0.0) < math.inf for price in (judge.price_in, judge.price_out)):
-        raise UsageError(f"{location}: price_in and price_out must be zero or more.")
+        raise UsageError(f"{location}: price_in and price_out must be numbers, zero or more.")
     if (judge.price_in is None) != (judge.price_out is None):
         raise UsageError(f"{location}: give both price_in and price_out, or neither.")
     _check_parameters(judge, location)

@@ -72,7 +72,7 @@ def _remove_leftovers(folder: Path, state: RegistryState) -> None:
         if file.parent.name.isdecimal() and file.parent not in known:
             raise DataError(
                 f"{file.parent}: {folder / registered.HISTORY_FILE} has no line for this version, so lines of the "
-                "history are lost. Restore the history from a backup, or delete the version's folder."
+                "history are lost. Restore the file from a backup, or delete the version's folder."
             )
 
 

@@ -228,8 +228,9 @@ def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, hel
     half = write_evaluation(tmp_path / "half", held_out, noisy(0.08), slice(0, 40))
     comparison = compare(half, evaluated["fine"])
     assert comparison["scores_of_this_alone"] == 0
-    assert f"; 0 of this judge and {comparison['scores_of_other_alone']} of the other are ignored" in left_out(
-        comparison
+    assert (
+        f"; 0 more of this judge and {comparison['scores_of_other_alone']} more of the other are ignored"
+        in left_out(comparison)
     )
     whole = compare(evaluated["fine"], evaluated["fine"])["groups"][0]["scores"]
     assert comparison["groups"][0]["scores"] + comparison["scores_of_other_alone"] == whole

@@ -507,7 +507,7 @@ def test_a_named_checkpoint_that_is_broken_is_refused_with_the_complete_ones(
 ) -> None:
     newest, before = checkpoint_folders(killed_copy / "saves" / "run")
     cut(newest / "optimizer.pt")
-    with pytest.raises(DataError, match=r"optimizer.*damaged.*Complete ones: ") as refused:
+    with pytest.raises(DataError, match=r"optimizer.*damaged.*Complete checkpoints: ") as refused:
         start_again(killed_copy, monkeypatch, f"resume_from_checkpoint=saves/run/{newest.name}")
     assert before.name in str(refused.value)
 
