@@ -17,8 +17,8 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); "
-        "GET /, /health, /ready, /metrics, /v1/models, /docs. SIGTERM: finish open requests, exit with 143.",
+        epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); GET /, "
+        "/health, /ready, /metrics, /v1/models, /docs. On SIGTERM, it finishes open requests, then exits with 143.",
     )
     add = parser.add_argument
     address = "address to listen on (default: %(default)s, only this machine)"
