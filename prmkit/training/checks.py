@@ -169,6 +169,9 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         yield error(name, "LLaMA Factory cannot read a list here", f"Write one string: {joined}")
     elif name == "flash_attn" and value == "fa3":
         yield error(name, "fa3 raises NotImplementedError when the model loads", "Write fa2, sdpa or auto.")
+    elif name == "tokenized_path":
+        found = "LLaMA Factory trains on the rows in this folder, which may not be those of dataset"
+        yield error(name, found, "Remove the key: tokenizing takes a minute, and the checks and run.json stay true.")
     elif name == "do_train" and value is False:
         yield error(name, "is false, so nothing would be trained", "Write do_train: true.")
     elif name == "report_to":

@@ -135,8 +135,8 @@ def _depth_problems(folder: Path, layers: Any) -> Iterator[str]:
 
 
 def check_named_files(values: Mapping[str, Any]) -> list[Check]:
-    """Return one check per checkpoint, adapter, layer or saved dataset that does not fit the config."""
-    rules = (_check_checkpoint, _check_adapters, _check_layers, _check_tokenized)
+    """Return one check per checkpoint, adapter or layer that does not fit the config."""
+    rules = (_check_checkpoint, _check_adapters, _check_layers)
     return [check for rule in rules for check in rule(values)]
 
 
@@ -248,18 +248,3 @@ def _unknown_layer(key: str, name: str, layers: Iterable[str]) -> Check:
     there = ", ".join(layer for layer in known if not layer.isdecimal())
     hint = f"Did you mean {nearest[0]}?" if nearest else f"Its layers: {there}."
     return error("settings", f"{key}: the model has no layer {name}", hint)
-
-
-def _check_tokenized(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Check saved tokenized rows, because they are used unchanged, whatever dataset and template say."""
-    if "tokenized_path" not in values:
-        return
-    path = Path(str(values["tokenized_path"]))
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return  # this run writes it
-    names = ("state.json", "dataset_info.json")
-    if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in names):
-        found = f"tokenized_path: the rows in {path} are used, whatever dataset and template say"
-        yield warning("settings", found, "Remove it, or choose a new folder.")
-    else:
-        yield error("settings", f"tokenized_path: no saved dataset in {path}", "Remove it, or choose a new folder.")

@@ -44,7 +44,7 @@ _NOT_ABOUT_LEARNING = {
     "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "do_sample", "temperature", "top_p", "top_k",
     "max_new_tokens", "max_length", "repetition_penalty",
 }  # fmt: skip
-_FOLDERS = {"model_name_or_path", "adapter_name_or_path", "dataset_dir", "tokenized_path", "cache_dir", "deepspeed"}
+_FOLDERS = {"model_name_or_path", "adapter_name_or_path", "dataset_dir", "cache_dir", "deepspeed"}
 # Their product is the number of rows per optimizer step and device; only that must stay the same.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

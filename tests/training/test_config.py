@@ -162,6 +162,7 @@ TRAPS = {
     "export_hub_model_id=https://me:s3cr3t@host/x": "secrets are not allowed",
     "adapter_name_or_path=[a,b]": "Write one string: a,b",
     "flash_attn=fa3": "NotImplementedError",
+    "tokenized_path=rows": "trains on the rows in this folder",
     "quantization_bit=0": "does not support 0-bit quantization",
     "quantization_bit=5": "Write 4 or 8",
     "report_to=none,wandb": "report_to: [none, wandb]",

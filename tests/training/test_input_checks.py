@@ -528,33 +528,3 @@ def test_a_damaged_adapter(named: Any, tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     (found,) = named(adapter_name_or_path=str(tmp_path))
     assert (found.status, "adapter_config.json: not" in found.found) == (Status.ERROR, True)
-
-
-# --- rows that were tokenised before ------------------------------------------------------------------------------
-
-
-def test_rows_that_were_tokenised_before(named: Any, tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    assert named(tokenized_path=str(path)) == []
-    path.mkdir()
-    assert named(tokenized_path=str(path)) == []
-    (path / "notes.txt").touch()
-    (found,) = named(tokenized_path=str(path))
-    assert (found.status, "no saved dataset" in found.found) == (Status.ERROR, True)
-    (path / "dataset_dict.json").touch()
-    (found,) = named(tokenized_path=str(path))
-    assert (found.status, "whatever dataset and template say" in found.found) == (Status.WARNING, True)
-
-
-def test_a_file_is_no_place_for_rows(named: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert named(tokenized_path=str(tmp_path / "file"))[0].status is Status.ERROR
-
-
-def test_what_datasets_saves_is_known_for_it(named: Any, tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
-    rows = Dataset.from_dict({"input_ids": [[1]]})
-    for name, saved in (("one", rows), ("several", DatasetDict({"train": rows}))):
-        saved.save_to_disk(tmp_path / name)
-        assert named(tokenized_path=str(tmp_path / name))[0].status is Status.WARNING

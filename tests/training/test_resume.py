@@ -385,7 +385,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, m
     with pytest.raises(UsageError) as refused:
         start_again(killed_copy, monkeypatch, "lora_rank=16", "logging_steps=1")
     said = str(refused.value)
-    assert "holds an unfinished run with a different config" in said and "lora_rank: 8 -> 16" in said
+    assert "contains an unfinished run with a different config" in said and "lora_rank: 8 -> 16" in said
     assert "logging_steps" not in said, "how often is logged changes nothing about what is learnt"
     assert "run_name=NAME" in said and "--overwrite" in said
 

@@ -212,7 +212,7 @@ def test_the_checks_see_what_is_in_the_folder(killed_copy: Path, monkeypatch: py
     before = sorted(path.name for path in Path("saves").rglob("*"))
     other = TrainOptions(Path("config.yaml"), ["lora_rank=4"])
     (found,) = train._check_run_folder(other, train._prepare(other))
-    assert found.status is Status.ERROR and "holds an unfinished run with a different config" in found.found
+    assert found.status is Status.ERROR and "contains an unfinished run with a different config" in found.found
     replaced = replace(other, overwrite=True)
     assert list(train._check_run_folder(replaced, train._prepare(replaced))) == []
     assert sorted(path.name for path in Path("saves").rglob("*")) == before, "looking changed something"
