@@ -1,4 +1,4 @@
-"""Judged trajectories in, training and held-out datasets for LLaMA Factory out."""
+"""Convert judged trajectories into training and held-out datasets for LLaMA Factory."""
 
 import sys
 

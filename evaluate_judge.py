@@ -1,4 +1,4 @@
-"""Measure a judge on held-out rows: predictions.jsonl, metrics.json, report.html; table and conclusions on stdout."""
+"""Measure a judge on held-out rows: print a table and conclusions; write predictions, metrics and a report."""
 
 import argparse
 import sys
@@ -29,12 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     robust = "also score changed prompts: harmless changes, damaged steps, attacks"
     what.add_argument("--robustness", action="store_true", help=robust)
     result = parser.add_argument_group("output")
-    result.add_argument("--output", type=Path, metavar="FOLDER", help="results (default: evaluation/ in the run)")
+    result.add_argument("--output", type=Path, metavar="FOLDER", help="result folder (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
     gates = parser.add_argument_group("gates (exit code 4 unless met on every evaluation type)")
-    gates.add_argument("--compare", type=Path, metavar="RUN", help="fail if shown to be worse than this evaluated run")
+    gates.add_argument("--compare", type=Path, metavar="RUN", help="fail if the judge is shown to be worse than RUN")
     gates.add_argument(
-        "--margin", type=cli.number, metavar="X", help="with --compare: fail unless shown to be less than X worse"
+        "--margin", type=cli.number, metavar="X", help="with --compare: fail unless it is shown to be less than X worse"
     )
     gates.add_argument(
         "--min-spearman", type=cli.number, metavar="X", help="fail if the lower bound of Spearman is below X"
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with human labels; --min-auroc can be added")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how well the judge picks")
     exam.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="read answers (id, step, score) from a file, not a judge"
+        "--predictions", type=Path, metavar="FILE", help="read answers (id, step, score) from a file; run no judge"
     )
     exam.add_argument("--predict-with", metavar="URL", help="query a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     exam.add_argument("--api-key-env", metavar="NAME", help=key)
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a training run with its export")
-    prompts = f"prompts to score with both (without N: {PARITY_PROMPTS})"
+    prompts = f"number of prompts to score with both (without N: {PARITY_PROMPTS})"
     parity.add_argument("--parity", type=cli.positive, nargs="?", const=PARITY_PROMPTS, metavar="N", help=prompts)
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="the exported model (default: the training run's export_dir)"

@@ -1,4 +1,4 @@
-"""Import agent runs from any common format into trajectories.jsonl, one per line, to score, label and train."""
+"""Import agent runs from any common format into trajectories.jsonl, one run per line."""
 
 import argparse
 import sys
@@ -37,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     fields("--outcome-key", metavar="NAME", help="key of a run's reward or success")
 
     labels = parser.add_argument_group("human labels: write rows for convert_dataset.py instead of runs").add_argument
-    sets = f"steps (of imported runs), column, or a public set: {', '.join(SETS)}"
+    sets = f"where labels are: steps (in imported runs), column (a field), or a public set: {', '.join(SETS)}"
     labels("--labels", metavar="NAME", help=sets)
-    labels("--label-key", metavar="NAME", help="the column: one label per step, or {message position: label}")
+    labels("--label-key", metavar="NAME", help="the field: one label per step, or {message position: label}")
     scale = "unit: 0 to 1 (default); ternary: -1 wrong, 0 neutral, 1 right"
     labels("--label-scale", choices=["unit", "ternary"], default="unit", help=scale)
     labels(

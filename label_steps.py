@@ -1,4 +1,4 @@
-"""Label steps of your own runs on a page in the browser: an exam for your judge in about twenty minutes."""
+"""Label steps of your own runs in the browser: an exam for your judge in about twenty minutes."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", type=cli.positive, default=50, metavar="N", help="steps to label (default: %(default)s)")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="output rows (default: %(default)s)")
     add("--name", default="human", help="your name, written into every row (default: %(default)s)")
-    add("--scores", type=Path, metavar="FILE", help="from score_trajectories.py: draw evenly across score bands")
+    add("--scores", type=Path, metavar="FILE", help="output of score_trajectories.py: draw evenly from score bands")
     add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default: %(default)s)")
     add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     add("--format", metavar="NAME", help="input format (default: detected; a wrong name lists all formats)")

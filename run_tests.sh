@@ -10,7 +10,7 @@ Usage: ./run_tests.sh [--fast | --all] [arguments of pytest]
 Installs what the tests need (requirements-dev.txt, once), then runs ruff, mypy, shellcheck and pytest.
 
   --fast       leave out tests that start LLaMA Factory, download or are slow (markers llamafactory, network, slow)
-  --all        also tests that install gigabytes: a real vLLM, verl, Inspect AI (marker huge); and every process
+  --all        also run tests that install gigabytes: a real vLLM, verl, Inspect AI (marker huge); and every process
                imports its packages itself (as in tests with the marker new_processes)
   -h, --help   show this text
 

@@ -21,8 +21,8 @@ Usage: ./run_training.sh [options] [key=value ...]
        --force                train even if the checks found errors
        --verbose              show everything that LLaMA Factory prints
        --install-deps         install the pinned dependencies; with no other option, stop there
-       --demo                 the whole pipeline on the sample with a tiny model, on a CPU, in demo/
-       --model smollm2        with --demo: a real small model instead (downloads 93 MB)
+       --demo                 run the whole pipeline on the sample with a tiny model, on a CPU, in demo/
+       --model smollm2        with --demo: use a small real model instead (downloads 93 MB)
   -h,  --help                 show this text
 
 For several processes and nodes (see python train.py --help):

@@ -15,14 +15,14 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 if a run cannot be read, or a row has no scores or unsure ones; its line says why. Run the "
-        "same command again to continue where it stopped; rows with the status failed (server or memory errors) are "
-        "retried.",
+        epilog="Exit code 1 if a run cannot be read, or if a row has no scores or unsure ones; its line says why. Run "
+        "the same command again to continue where it stopped; rows with the status failed (server or memory errors) "
+        "are retried.",
     )
     inputs = (
-        "runs in any format that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
+        "runs in any format that import_trajectories.py reads (file or folder), or prompts (rows as in finetune.jsonl"
     )
-    parser.add_argument("input", metavar="INPUT", help=f'{inputs}, {{"id", "prompt"}}; .gz, .bz2, .zst, or - for stdin')
+    parser.add_argument("input", metavar="INPUT", help=f'{inputs} or {{"id", "prompt"}}); .gz, .bz2, .zst; - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: as in the prompt's schema)"

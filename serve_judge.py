@@ -17,8 +17,8 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); "
-        "GET /, /health, /ready, /metrics, /v1/models, /docs. On SIGTERM, it finishes open requests; exit code 143.",
+        epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); GET /, "
+        "/health, /ready, /metrics, /v1/models, /docs. On SIGTERM, it finishes open requests, then exits with 143.",
     )
     add = parser.add_argument
     address = "address to listen on (default: %(default)s, only this machine)"
@@ -33,7 +33,7 @@ def main() -> int:
     add("--queue", type=cli.positive, default=Engine.limit, metavar="N", help=waiting)
     longest = "longest wait for a place in the queue (default: %(default)g)"
     add("--queue-timeout", type=cli.seconds, default=Engine.patience, metavar="SECONDS", help=longest)
-    finish = "time to finish when stopped (default: %(default)g)"
+    finish = "time to finish requests when stopped (default: %(default)g)"
     add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help=finish)
     rubric = "the rubric that the judge was trained with (default: prmkit's own)"
     add("--rubric", type=Path, metavar="FILE", help=rubric)
@@ -42,7 +42,7 @@ def main() -> int:
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default: %(default)s)"
     rewards("--aggregate", choices=list(AGGREGATES), default="min", help=how)
-    unscored = "response for an unscored or unsure step: 503, the other steps only, the mean of past rewards, null "
+    unscored = "response to an unscored or unsure step: 503, the other steps only, the mean of past rewards, or null "
     unscored += "(default: %(default)s)"
     rewards("--unscored", choices=UNSCORED, default="error", help=unscored)
     bad = "scores below this are bad (default: %(default)s)"
@@ -58,7 +58,7 @@ def _add_trial_and_log(parser: argparse.ArgumentParser) -> None:
     trial = parser.add_argument_group("challenger judge").add_argument
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
     how_many = (
-        "fraction of tasks, by hash, routed to it (default: 0.1) or, with --shadow, also scored by it (default: 1)"
+        "fraction of tasks that the challenger scores alone (default: 0.1) or, with --shadow, as well (default: 1)"
     )
     trial("--share", type=cli.share, metavar="X", help=how_many)
     trial("--shadow", action="store_true", help="the production judge answers; the challenger's scores are only logged")

@@ -1,4 +1,4 @@
-"""Fine-tune a judge: config and data in, a verified adapter in saves/ out, and on request a merged model."""
+"""Fine-tune a judge: train an adapter on the data, verify it and, on request, merge it into the base model."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     judge = "merge a registered version: production, NAME@NUMBER; instead of --export-only FOLDER"
     add("--judge", dest="export_only", action=UseRegistered, default=argparse.SUPPRESS, metavar="VERSION", help=judge)
     add("--evaluate", action="store_true", help="measure the judge on held-out rows after training")
-    add("--validate-only", "--doctor", action="store_true", help="check configuration, machine, model and data; stop")
+    add("--validate-only", "--doctor", action="store_true", help="check config, machine, model and data, then stop")
     add("--force", action="store_true", help="train even if the checks found errors")
     add("--overwrite", action="store_true", help="rename an earlier run or export of the same name")
     add("--runs", action="store_true", help="list all training runs with their state, losses and agreement")

@@ -123,7 +123,7 @@ def load_abstention(
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (for an evaluated judge)")
-    ends = "add low and high, between which the strong judges' mean lies with this probability, such as 0.9"
+    ends = "add low and high: bounds that contain the strong judges' mean with this probability, such as 0.9"
     group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=ends)
     width = f"mark scores with a wider interval as unsure (without --interval: at level {DEFAULT_LEVEL})"
     group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=width)

@@ -40,7 +40,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     inputs = "row files (.jsonl, .ndjson, .json; also compressed: .gz, .bz2, .zst), files of labelled runs "
-    inputs += "(import_trajectories.py), folders of both, - for stdin (default: finetune.jsonl)"
+    inputs += "(import_trajectories.py), folders of either, or - for stdin (default: finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
     folder = "output folder (default: dataset_dir of --config, or data)"
@@ -56,7 +56,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no per-task variants")
     add("--json", action="store_true", help="print the report instead of the summary")
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
-    audit = "convert nothing; check the datasets in FOLDER for leaks (not only prmkit's own)"
+    audit = "check the datasets in FOLDER, from any tool, for leaks; convert nothing"
     add("--audit", type=Path, metavar="FOLDER", help=audit)
 
     filters = parser.add_argument_group("filters (combined with AND)").add_argument
@@ -66,7 +66,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     filters("--name", metavar="NAME", help=f"name of the variant (default: {CUSTOM})")
 
     split = parser.add_argument_group("held-out tasks").add_argument
-    ratio = f"fraction of tasks to hold out; 0: no tasks (default: {Split.ratio})"
+    ratio = f"fraction of tasks to hold out; 0 holds out none (default: {Split.ratio})"
     split("--eval-ratio", type=float, metavar="X", help=ratio)
     seed = f"another seed holds out different tasks (default: {Split.seed})"
     split("--split-seed", type=int, metavar="N", help=seed)
@@ -85,7 +85,7 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
     words = "scores from 0 to 1 for verbal answers: pass=1 fail=0"
     judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help=words)
-    consensus = "also write reward_model_consensus: one row per prompt, with the mean or median of its judges "
+    consensus = "also write reward_model_consensus: one row per prompt, with the mean or median of the judges' scores "
     consensus += "(default: %(default)s)"
     judges("--aggregate", choices=["none", "mean", "median"], default=Settings.aggregate, help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
@@ -94,7 +94,7 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges("--max-disagreement", type=float, metavar="X", help=limit)
 
     lengths = parser.add_argument_group("length check").add_argument
-    lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
+    lengths("--config", type=Path, metavar="FILE", help="training config, whose values are the defaults of this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="folder of the model whose tokenizer measures the rows")
     lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")

@@ -278,7 +278,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         choices=["transformers", "openai"],
-        help="openai: use a server (default with --base-url); transformers: load the model here (default without)",
+        help="openai: use a server (default with --base-url); transformers: load the model here (default otherwise)",
     )
     add(
         "--tokenizer",

@@ -38,10 +38,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     logs = "request logs of serve_judge.py, or outputs of score_trajectories.py"
-    ab = commands.add_parser("ab", help="how two judges differ, and which one predicts success better")
-    drift = commands.add_parser("drift", help="whether scores have drifted from the held-out scores; exit code 4 if so")
+    ab = commands.add_parser("ab", help="compare two judges, and show which one predicts success better")
+    drift = commands.add_parser("drift", help="check whether scores differ from held-out scores; exit code 4 if so")
     drift.add_argument("judge", metavar="VERSION", help="the version whose held-out scores are the reference")
-    page = commands.add_parser("page", help="one HTML page about all versions")
+    page = commands.add_parser("page", help="write one HTML page about all versions")
     page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"for A/B and drift: {logs}")
     page.add_argument(
         "--output", type=Path, default=Path("judges.html"), metavar="FILE", help="page to write (default: %(default)s)"
@@ -60,8 +60,8 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     retrain = commands.add_parser(
         "retrain",
         help="train a new version from an old one and new rows, and compare the two",
-        epilog="Exit code 0: the gate is met, or no row is new; 4: it is not met, or is undecided. If a retraining was "
-        "killed, run the same command again to continue.",
+        epilog="Exit code 0: the gate is met, or there are no new rows; 4: it is not met, or cannot be decided. If a "
+        "retraining was killed, run the same command again to continue.",
     )
     add = retrain.add_argument
     add("version", metavar="VERSION", help="the version to start from, such as production")
@@ -99,10 +99,10 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add.add_argument("--parent", metavar="VERSION", help="the version that this one was trained from")
     add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
     add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the training run's)")
-    listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
-    show = commands.add_parser("show", help="one version, and whether its files are unchanged")
+    listing = commands.add_parser("list", help="list all versions, with their agreement with the judges")
+    show = commands.add_parser("show", help="show one version, and whether its files are unchanged")
     show.add_argument("version", metavar="VERSION", help=which)
-    diff = commands.add_parser("diff", help="differences between two versions: settings, data, agreement")
+    diff = commands.add_parser("diff", help="show how two versions differ in settings, data and agreement")
     diff.add_argument("version", metavar="VERSION", help=which)
     diff.add_argument("other", metavar="OTHER", help="the version to compare it with")
     tag = commands.add_parser("tag", help="point a tag, such as production, at a version")
@@ -112,13 +112,13 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     back.add_argument("version", metavar="TAG", help="the tag to move, such as production")
     remove = commands.add_parser("remove", help="delete an untagged version")
     remove.add_argument("version", metavar="VERSION", help=which)
-    export = commands.add_parser("export", help="a folder with weights and model card, ready for a hub")
+    export = commands.add_parser("export", help="write a folder with weights and model card, ready for a hub")
     export.add_argument("version", metavar="VERSION", help=which)
     export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="the folder to create")
-    history = commands.add_parser("history", help="who did what, when and why")
+    history = commands.add_parser("history", help="show who did what, when and why")
     for command in (listing, show, diff, history):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server of MLFLOW_TRACKING_URI")
+    mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server in MLFLOW_TRACKING_URI")
     mlflow.add_argument("version", metavar="VERSION", help=which)
     add.add_argument("--mlflow", action="store_true", help="also log it to MLflow, if mlflow is installed")
     for command in (add, tag, back, remove):
