@@ -449,8 +449,8 @@ class Trajectories:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "%d lines belong to no trajectory, because they are unreadable or have no task_id. Trajectories may lack "
-            "these steps; a missing last step cannot be detected.",
+            "lines without a trajectory, because they are unreadable or have no task_id: %d. Trajectories may lack these "
+            "steps; a missing last step cannot be detected.",
             trajectories.unattributed,
         )
     if trajectories.no_steps:

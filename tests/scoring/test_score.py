@@ -433,7 +433,7 @@ def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path,
     assert (gap["steps"], gap["missing"], gap["unscored"]) == (2, 1, 0)
     assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
     assert two["mean"] == 0.7
-    assert "lines without a trajectory: 1 (" in narrated.text
+    assert "have no task_id: 1." in narrated.text
 
 
 def test_a_first_step_that_is_missing_is_noticed_where_rows_name_the_length(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_rows_that_are_no_steps_are_counted_with_their_type(tmp_path: Path, narr
     other["metadata"]["evaluation_type"] = "Clip"
     narrated.set_level("INFO")
     assert summed_up(tmp_path, [json.dumps(other)]) == []
-    assert "leaves out, by evaluation type: 1 Clip" in narrated.text
+    assert "(by evaluation type): 1 Clip" in narrated.text
 
 
 def test_the_order_of_a_run_is_not_guessed_where_only_some_steps_have_a_number(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_the_order_of_a_run_is_not_guessed_where_only_some_steps_have_a_number(t
 @pytest.mark.parametrize("line", ["{", '{"prompt": ""}', '{"id": "named", "prompt": ""}', '{"id": 0, "prompt": ""}'])
 def test_a_line_that_cannot_be_read_may_be_a_step_that_is_missing(tmp_path: Path, narrated, line: str) -> None:
     summed_up(tmp_path, [json.dumps(row(1)), line])
-    assert "lines without a trajectory: 1 (" in narrated.text
+    assert "have no task_id: 1." in narrated.text
 
 
 @pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
