@@ -449,7 +449,7 @@ class Trajectories:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "lines without a trajectory, because they are unreadable or have no task_id: %d. Trajectories may lack these "
+            "lines without a trajectory, as they are unreadable or have no task_id: %d. Trajectories may lack these "
             "steps; a missing last step cannot be detected.",
             trajectories.unattributed,
         )
