@@ -24,7 +24,7 @@ from prmkit.dataset.prepare import PreparedRow, RejectedRow, ScaleProblem, rejec
 from prmkit.dataset.settings import Aggregate, Split
 from prmkit.errors import DataError
 from prmkit.leniency import Leniency, estimate_leniency
-from prmkit.rows import WEIGHT, without_selection
+from prmkit.rows import STEP_TYPES, WEIGHT, without_selection
 
 DUPLICATE = "duplicate"
 BOTH_SIDES = "the prompt is also held out"
@@ -352,11 +352,11 @@ def _number(source: int, line: int) -> int:
 
 
 def _slot(prepared: PreparedRow) -> str | None:
-    """Return the key of a row's clip, with the category for `category` evaluations; None for rows about all clips."""
+    """Return the key of a row's clip, with the category unless it is about a step; None for rows about all clips."""
     row = prepared.row
     if row.clip_number is None or row.trajectory is None:
         return None
-    category = row.metadata.get("category") if row.evaluation_type == "category" else ""
+    category = "" if row.evaluation_type in STEP_TYPES else row.metadata.get("category")
     return f"{row.evaluation_type or ''}\0{category}\0{row.clip_number}"
 
 

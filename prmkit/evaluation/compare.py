@@ -167,7 +167,7 @@ def _minus(one: Statistic, other: Statistic) -> Statistic:
 def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
     """Return the standard error of a difference, and the one-sided p-values for this judge being worse and better.
 
-    Uses Student's t with the bootstrap's standard error: percentiles of 1000 resamples are too coarse for Holm.
+    Uses Student's t with the bootstrap's standard error: percentiles of so few resamples are too coarse for Holm.
     """
     from scipy import stats
 

@@ -203,13 +203,14 @@ def _check_same_judge(scored: Iterable[tuple[Request, float]], scorer: Scorer) -
     Raises:
         DataError: the server now scores one of the prompts differently.
     """
-    if scorer.endpoint is None or scorer.options.mode != "expected":
+    if scorer.is_local or scorer.options.mode != "expected":
         return
+    server = scorer.endpoint.name if scorer.endpoint else "the server"
     requests, scores = zip(*scored, strict=True)
     for judgement, score in zip(scorer.judgements(requests), scores, strict=True):
         if judgement.score is not None and abs(judgement.score - score) > _SAME_SCORE:
             raise DataError(
-                f"{scorer.endpoint.name} gives {judgement.score:.3f} to a prompt for which the output has {score:.3f}, "
+                f"{server} gives {judgement.score:.3f} to a prompt for which the output has {score:.3f}, "
                 "so it now serves other weights. Serve the earlier model again, or choose another --output."
             )
 

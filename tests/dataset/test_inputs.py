@@ -164,8 +164,9 @@ def test_several_runs_of_a_task_need_names(convert_rows: Convert, data: Path) ->
     assert not snapshot(data)
     report = convert_rows(runs(trajectory_id=True))
     assert report["rows"]["train"] == 4
-    categories = [row_of(prompt_of(name), kind="category", category=name, clip_number=1) for name in ("web", "code")]
-    assert convert_rows(categories)["rows"]["train"] == 2
+    for kind in ("category", "tool use"):
+        categories = [row_of(prompt_of(name), kind=kind, category=name, clip_number=1) for name in ("web", "code")]
+        assert convert_rows(categories)["rows"]["train"] == 2
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 5, 17])

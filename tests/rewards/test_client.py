@@ -304,9 +304,10 @@ LIGHT = """
 import sys
 for name in ("torch", "transformers", "llamafactory", "numpy", "fastapi", "trl", "ray"):
     sys.modules[name] = None
-import prmkit.client, prmkit.rewards.trl, prmkit.rewards.verl, prmkit.rewards.openrlhf, prmkit.rewards.ms_swift
-import prmkit.rewards.slime, prmkit.rewards.inspect_ai, prmkit.rewards.steps, prmkit.rewards.verifiers
-import prmkit.rewards.skyrl
+import importlib, pkgutil
+import prmkit.client, prmkit.rewards, prmkit.rewards.steps
+for adapter in pkgutil.iter_modules(prmkit.rewards.__path__):
+    importlib.import_module(f"prmkit.rewards.{adapter.name}")
 judge = prmkit.client.Judge(sys.argv[1])
 messages = [{"role": "user", "content": "t"}, {"role": "assistant", "content": "good"}]
 print(prmkit.rewards.steps.step_rewards(judge, {"messages": messages}))
