@@ -87,7 +87,8 @@ def test_every_set_is_named_everywhere() -> None:
     readers = [import_module(f"prmkit.trajectories.labels.{name}").READER for name in modules]
     assert sorted(reader.name for reader in readers) == sorted(SETS)
     assert all(READERS.get(reader.name) is reader for reader in readers)
-    (listed,) = re.findall(r"`--labels` takes\s([^.]*), or `column`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"`--labels` accepts\s([^.]*), or `column`", readme)
     assert re.findall(r"`([\w-]+)`", listed) == list(SETS)
     assert yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).keys() <= {*SETS}
 
