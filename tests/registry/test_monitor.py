@@ -388,7 +388,7 @@ def test_drift_a_b_and_the_page_from_the_command_line(
     for output in (log, link, hard, history):
         said = script("manage_judges.py", "page", "--logs", few, log, "--output", output, code=2).stderr
         assert "is also the input. Choose another output file" in said
-    assert "never changes" in script("manage_judges.py", "page", "--output", version, code=2).stderr
+    assert "must not change" in script("manage_judges.py", "page", "--output", version, code=2).stderr
     assert [each.read_bytes() for each in (log, history, version)] == before and link.is_symlink()
     page = tmp_path / "judges.html"
     script("manage_judges.py", "page", "--logs", log, "--output", page)
