@@ -170,8 +170,8 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
     elif name == "flash_attn" and value == "fa3":
         yield error(name, "fa3 raises NotImplementedError when the model loads", "Write fa2, sdpa or auto.")
     elif name == "tokenized_path":
-        found = "LLaMA Factory trains on the rows in this folder, which may not be those of dataset"
-        yield error(name, found, "Remove the key: tokenizing takes a minute, and the checks and run.json stay true.")
+        found = "LLaMA Factory trains on the rows in this folder, whatever dataset is set to"
+        yield error(name, found, "Remove the key, so that the checks and run.json describe the rows that are used.")
     elif name == "do_train" and value is False:
         yield error(name, "is false, so nothing would be trained", "Write do_train: true.")
     elif name == "report_to":
