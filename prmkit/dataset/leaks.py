@@ -359,7 +359,7 @@ _FACTOR = 0x9E3779B97F4A7C15
 
 
 def _grams(text: str) -> tuple[Any, Any]:
-    """Return the hashes of all sequences of 8 words in order, uint64, and the word at which each begins."""
+    """Return the uint64 hashes of all 8-word sequences in text order, and the index of each one's first word."""
     import numpy as np
 
     if not text.isascii() and _WITHOUT_SPACES.search(text):

@@ -352,7 +352,7 @@ def _number(source: int, line: int) -> int:
 
 
 def _slot(prepared: PreparedRow) -> str | None:
-    """Return the key of a row's clip, with the category unless it is about a step; None for rows about all clips."""
+    """Return the key of a row's clip, with the category unless the row is about a step; None if about all clips."""
     row = prepared.row
     if row.clip_number is None or row.trajectory is None:
         return None

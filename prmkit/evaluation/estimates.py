@@ -48,7 +48,7 @@ _BLOCK = 200_000  # weights per block: a block fits the CPU cache, which is four
 
 @dataclass(frozen=True)
 class Sample:
-    """Pairs of numbers, and the task that each belongs to; all arrays have one length."""
+    """Pairs of numbers, and the task of each pair; all arrays have the same length."""
 
     predicted: Floats
     reference: Floats

@@ -243,8 +243,8 @@ def _chat_of_prompt(prompt: str) -> Chat | None:
     _check_is_plain("prompt", prompt)
     if is_special(without_tokens(prompt)) or chat_in(prompt):
         raise DataError(
-            "prompt has special tokens of a chat template, but does not begin with a message. Send it completely, or "
-            "send a list of messages."
+            "prompt has special tokens of a chat template, but does not begin with a message. Send the complete "
+            "prompt, or a list of messages."
         )
     return None
 
