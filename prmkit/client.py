@@ -8,7 +8,6 @@ judge.reward("What is 2 + 2?", "4")
 
 import asyncio
 import json
-import math
 import os
 import random
 import threading
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import T, check_url, checked_key, trusted_certificates
-from prmkit.verdict import AGGREGATES
+from prmkit.verdict import AGGREGATES, is_number, is_share
 
 if TYPE_CHECKING:
     import httpx
@@ -284,14 +283,9 @@ def _part(answer: Any, name: str, url: str) -> Any:
     return answer[name]
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number; booleans are not numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_share(number: Any, url: str) -> None:
     """Reject a reward that is NaN or out of range, because it would silently train the policy on nonsense."""
-    if number is not None and (not is_number(number) or not 0 <= number <= 1):
+    if number is not None and not is_share(number):
         raise JudgeUnavailable(f"{url}: {number!r:.40} is not a score from 0 to 1.")
 
 

@@ -17,6 +17,7 @@ import orjson
 
 from prmkit.errors import DataError
 from prmkit.layouts import read_values
+from prmkit.verdict import is_share
 
 LabelKind = Literal["score", "ternary", "first_error", "failure"]
 
@@ -125,11 +126,6 @@ def task_id_of(task: str) -> str:
     """Return an id for a task without one: a hash of its text that ignores spacing, case and Unicode normalisation."""
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", task)).strip().casefold()
     return "task-" + hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def is_share(value: Any) -> bool:
-    """Whether a value is a number from 0 to 1; booleans are not numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def outcome_number(outcome: Any) -> float | None:
@@ -245,7 +241,7 @@ def _load_step(value: Mapping[str, Any]) -> Step:
 
 def _load_label(value: Mapping[str, Any]) -> Label:
     label = Label(**_known(Label, {"by": "human"} | dict(value)))
-    if isinstance(label.value, bool) or not isinstance(label.value, int | float) or not 0 <= label.value <= 1:
+    if not is_share(label.value):
         raise ValueError(f"label value {label.value!r} is not a number from 0 to 1")
     return label
 

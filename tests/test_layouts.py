@@ -167,16 +167,20 @@ LAYOUTS: dict[str, tuple[Make, Found]] = {
 }  # fmt: skip
 
 
+def written(path: Path, content: Make, make: Callable[[str], Any]) -> Path:
+    """Write three values in a layout."""
+    layout = content([make(f"t{number}") for number in (1, 2, 3)])
+    path.write_bytes(layout.encode() if isinstance(layout, str) else layout)
+    return path
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_command_finds_the_same(tmp_path: Path, layout: str, command: str) -> None:
     read, make = COMMANDS[command]
     content, expected = LAYOUTS[layout]
-    written = content([make(f"t{number}") for number in (1, 2, 3)])
     for name in ("input.jsonl", "input.json"):
-        path = tmp_path / name
-        path.write_bytes(written.encode() if isinstance(written, str) else written)
-        assert read(path) == expected
+        assert read(written(tmp_path / name, content, make)) == expected
 
 
 def swapped(layout: str, task: str) -> str:
@@ -224,9 +228,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
 def test_every_command_refuses_the_same(tmp_path: Path, layout: str, command: str) -> None:
     read, make = COMMANDS[command]
     content, message = REFUSED[layout]
-    written = content([make(f"t{number}") for number in (1, 2, 3)])
-    path = tmp_path / "input.jsonl"
-    path.write_bytes(written.encode() if isinstance(written, str) else written)
+    path = written(tmp_path / "input.jsonl", content, make)
     with pytest.raises(DataError, match=rf"input\.jsonl: .*{message}"):
         read(path)
 

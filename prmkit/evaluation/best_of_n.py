@@ -33,8 +33,8 @@ from prmkit.rows import name_at, whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
 from prmkit.trajectories.run_fields import OUTCOME_FIELDS
-from prmkit.trajectory import Result, Trajectory, is_share, outcome_number
-from prmkit.verdict import AGGREGATES
+from prmkit.trajectory import Result, Trajectory, outcome_number
+from prmkit.verdict import AGGREGATES, is_share
 
 log = logging.getLogger("prmkit")
 

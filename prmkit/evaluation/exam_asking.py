@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from prmkit import cli
 from prmkit.errors import DataError, UsageError
@@ -21,7 +21,7 @@ from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
 from prmkit.resumable import JsonLine, append_rows, reopen
 from prmkit.trajectory import Trajectory
-from prmkit.verdict import Unreadable, asked_shape, read_verdict
+from prmkit.verdict import Unreadable, asked_shape, is_number, read_verdict
 
 log = logging.getLogger("prmkit")
 
@@ -237,16 +237,12 @@ def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
     chances = found.get("probabilities")
     if isinstance(chances, dict) and chances.keys() == {str(level) for level in range(len(values))}:
         shares = list(chances.values())
-        if all(map(_is_number, shares)) and min(shares) >= 0 and abs(math.fsum(shares) - 1) < 0.01:
+        if all(map(is_number, shares)) and min(shares) >= 0 and abs(math.fsum(shares) - 1) < 0.01:
             return math.fsum(chances[str(level)] * value for level, value in enumerate(values)) / math.fsum(shares)
     level = found.get("score", found.get("choice"))
     if isinstance(level, str) and level.isdigit():
         level = int(level)
-    if not _is_number(level) or not 0 <= level <= len(values) - 1:
+    if not is_number(level) or not 0 <= level <= len(values) - 1:
         return f"the answer {level!r:.40} is not a level from 0 to {len(values) - 1}"
     below = min(int(level), len(values) - 2)
     return values[below] + (level - below) * (values[below + 1] - values[below])
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -18,7 +18,7 @@ from prmkit.judge.types import BAD_BELOW, SAME_SCORE, Distribution, Judgement, r
 from prmkit.prompts.cleaning import leaked_scores
 from prmkit.resumable import reopen
 from prmkit.rows import weight_of
-from prmkit.trajectory import is_share
+from prmkit.verdict import is_share
 
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""

@@ -25,7 +25,7 @@ from typing import Any
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
 from prmkit.trajectory import Step, Trajectory, results_by_call
-from prmkit.verdict.types import is_score_key
+from prmkit.verdict.types import is_score_key, is_share
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
@@ -118,7 +118,7 @@ _WORDS = {list: "a list", str: "a string", dict: "a mapping from score to meanin
 
 
 def _anchor(score: Any, path: Path) -> str:
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+    if not is_share(score):
         raise UsageError(f"{path}: the anchor {score!r} is not a number from 0 to 1.")
     return f"{score:.2f}"
 

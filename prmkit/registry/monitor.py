@@ -18,8 +18,8 @@ from prmkit.intervals import confidence_sequence
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
 from prmkit.rows import STEP_TYPES, name_at
-from prmkit.trajectory import is_share, log_id, outcome_number
-from prmkit.verdict import AGGREGATES
+from prmkit.trajectory import log_id, outcome_number
+from prmkit.verdict import AGGREGATES, is_share
 
 _SHOWN = 5
 _ALL_DAYS = 36_500.0

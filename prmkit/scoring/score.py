@@ -21,8 +21,7 @@ from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
-from prmkit.trajectory import is_share
-from prmkit.verdict import AGGREGATES
+from prmkit.verdict import AGGREGATES, is_share
 
 log = logging.getLogger("prmkit")
 

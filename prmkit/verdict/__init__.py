@@ -10,7 +10,9 @@ from prmkit.verdict.types import (
     Verdict,
     answer_prefix,
     asked_shape,
+    is_number,
     is_score_key,
+    is_share,
     render_verdict,
 )
 
@@ -23,7 +25,9 @@ __all__ = [
     "Verdict",
     "answer_prefix",
     "asked_shape",
+    "is_number",
     "is_score_key",
+    "is_share",
     "read_answer",
     "read_verdict",
     "render_verdict",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 SCORE_ENDING = "score"
 
@@ -18,6 +18,16 @@ AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "last": lambda scores: scores[-1],
 }
 """How the scores of the steps become one score of the trajectory."""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number; booleans are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_share(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
 
 
 def is_score_key(key: str) -> bool:
